@@ -1,0 +1,81 @@
+"""What the tests share: the notebook's definitions as a module, drawn data, and the real data where it is given."""
+
+import ast
+import linecache
+import os
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOK = ROOT / "ssd_bccd_detection.ipynb"
+sys.path.insert(0, str(ROOT))  # `pytest` alone finds the scripts too
+
+
+def load_definitions(notebook=NOTEBOOK, name="ssd_bccd_definitions", cells=("parameters", "define")):
+    """Execute a notebook's `parameters` and `define` cells, in order, in a new module, and return it.
+
+    The module stands in sys.modules under `name`, and its source in linecache, so that tracebacks show the cell's
+    lines and inspect.getsource works on functions and classes.
+    """
+    import nbformat
+
+    module = types.ModuleType(name)
+    module.__file__ = f"<{Path(notebook).name}: definitions>"
+    text, parts = "", []
+    for number, cell in enumerate(nbformat.read(notebook, as_version=4).cells):
+        if cell.cell_type == "code" and set(cell.metadata.get("tags", ())) & set(cells):
+            text += f"# --- cell {number} ({cell.get('id', '')})\n"
+            parts.append((text.count("\n"), cell.source))
+            text += cell.source + "\n\n"
+    linecache.cache[module.__file__] = (len(text), None, text.splitlines(keepends=True), module.__file__)
+    sys.modules[name] = module
+    for offset, source in parts:
+        tree = ast.increment_lineno(ast.parse(source), offset)
+        exec(compile(tree, module.__file__, "exec"), module.__dict__)
+    return module
+
+
+def real(variable, is_there):
+    """The path that an environment variable names; without it the test is skipped, or fails under REQUIRE_REAL_DATA."""
+    path = Path(os.environ.get(variable, ""))
+    if os.environ.get(variable) and is_there(path):
+        return path.resolve()
+    why = f"{variable} names no such file or folder: {os.environ.get(variable) or '(not set)'}"
+    if os.environ.get("REQUIRE_REAL_DATA") == "1":
+        pytest.fail(why)
+    pytest.skip(why)
+
+
+@pytest.fixture(scope="session")
+def nb():
+    """The notebook as a library: a module with what its `parameters` and `define` cells define."""
+    import torch
+
+    torch.set_num_threads(2)
+    return load_definitions()
+
+
+@pytest.fixture(scope="session")
+def bccd_root():
+    """The real dataset: the folder that holds BCCD/."""
+    return real("BCCD_DATASET", lambda path: (path / "BCCD" / "ImageSets" / "Main").is_dir())
+
+
+@pytest.fixture(scope="session")
+def vgg_weights():
+    """The file with VGG-16's ImageNet features."""
+    return real("VGG16_WEIGHTS", Path.is_file)
+
+
+@pytest.fixture(scope="session")
+def drawn_bccd(tmp_path_factory):
+    """A small drawn dataset: 8 training, 4 validation, 4 test smears. Not to be written to."""
+    from synthetic_bccd import draw_dataset
+
+    return draw_dataset(tmp_path_factory.mktemp("drawn") / "BCCD_Dataset", train=8, val=4, test=4, seed=11)
