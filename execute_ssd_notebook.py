@@ -61,6 +61,7 @@ import math
 import os
 import pickletools
 import platform
+import queue
 import re
 import shutil
 import signal
@@ -367,7 +368,7 @@ def write_file(path: Path, data: bytes, durable: bool = False) -> None:
     Raises:
         OSError: it could not be written; the earlier file is as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial{path.suffix}")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -569,7 +570,12 @@ def run_process(command: list[str], limit: float, env: dict[str, str] | None = N
     """
     try:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=env,
+            start_new_session=os.name == "posix",  # so that its own children end with it
         )
     except FileNotFoundError:
         return 127, f"{command[0]} is not installed"
@@ -580,6 +586,9 @@ def run_process(command: list[str], limit: float, env: dict[str, str] | None = N
         return 124, f"no end after {duration(limit)}"
     finally:
         if process.poll() is None:
+            with contextlib.suppress(OSError):
+                if os.name == "posix":
+                    os.killpg(process.pid, signal.SIGKILL)
             process.kill()
             process.wait()
 
@@ -1646,7 +1655,9 @@ class Execution:
     # -- what the executor calls
 
     def cell_begins(self, cell: Any, cell_index: int) -> None:
-        """Hook: a code cell was sent to the kernel."""
+        """Hook: a code cell is about to be sent to the kernel."""
+        if self.fault:  # the cell before survived the interrupt
+            raise self.fault
         self.current = cell_index
         self.cell_started = self.activity = time.monotonic()
         self.pending = self.last_line = ""
@@ -1828,6 +1839,8 @@ class Execution:
                 client.preprocess(self.notebook, {"metadata": {"path": str(self.plan.folder)}}, km=self.km)
             except DeadKernelError:
                 raise self.died() from None
+            except queue.Empty:
+                raise self.died("it does not answer") from None
             except (CellExecutionError, CellTimeoutError) as error:
                 if self.fault:
                     raise self.fault from None
@@ -1935,6 +1948,7 @@ class Execution:
 
     async def shut_down(self, client: Any) -> None:
         """Ends the kernel and whatever still listens to it."""
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)  # of tasks cut off
         if self.ticker is not None:
             self.ticker.cancel()
         if self.km is not None:
@@ -1956,9 +1970,10 @@ class Execution:
     def kill_group(self) -> None:
         """No process of the kernel is left behind."""
         if os.name == "posix":
-            if self.group and self.group != os.getpgrp():
+            group = self.group or getattr(getattr(self.km, "provisioner", None), "pgid", None)
+            if group and group != os.getpgrp():
                 with contextlib.suppress(OSError):
-                    os.killpg(self.group, signal.SIGKILL)
+                    os.killpg(group, signal.SIGKILL)
         elif self.process is not None:
             with contextlib.suppress(Exception):
                 for child in [*self.process.children(recursive=True), self.process]:
@@ -2085,6 +2100,7 @@ class Runner:
         self.started = time.monotonic()
         self.plan: Plan | None = None
         self.execution: Execution | None = None
+        self.folder = Path.cwd()  # of the notebook
 
     # -- helpers
 
@@ -2100,9 +2116,8 @@ class Runner:
     def relative(self, path: Path) -> str:
         """A path as the notebook may write it: relative to its folder where it lies inside."""
         path = Path(os.path.abspath(path))
-        folder = self.plan.folder if self.plan else Path.cwd()
         try:
-            return path.relative_to(folder).as_posix()
+            return path.relative_to(self.folder).as_posix()
         except ValueError:
             return str(path)
 
@@ -2112,6 +2127,7 @@ class Runner:
         """All steps of this call; failures come as `Failure`."""
         options = self.options
         path = self.find_notebook()
+        self.folder = path.parent
         self.report["notebook"] = str(path)
         needed = {"nbformat": RUNNER_PACKAGES["nbformat"]} if options.check else dict(RUNNER_PACKAGES)
         if not options.check:
@@ -2131,6 +2147,7 @@ class Runner:
         parameters = notebook_parameters(notebook)
         self.plan = plan = self.make_plan(path, parameters)
         self.acquire_locks(parameters)
+        self.sweep()
         self.check_storage(parameters)
         self.prepare_data(parameters)
         self.prepare_weights(parameters)
@@ -2208,13 +2225,16 @@ class Runner:
                 for name in project.output_parameters
                 if parameters.get(name)
             }
-            self.plan = Plan(project, path, target, folder, {}, True, None, None, 0)
             extra = {name: self.relative(value) for name, value in defaults.items()}
             if kind == "demo":
                 missing = [name for name in project.demo_parameters if name not in parameters]
                 if missing:
                     raise Failure(Exit.USAGE, f"--demo: {path.name} has no parameter {missing[0]}.")
                 extra.update(project.demo_parameters)
+                start = extra.get(project.finetune_parameter)
+                if start and not (folder / start).is_file():
+                    self.note(f"warning: there is no {start}, so the demo trains from the start and will find little")
+                    extra[project.finetune_parameter] = ""
                 extra[project.dataset_parameter] = self.relative(
                     place / Path(str(parameters[project.dataset_parameter])).name
                 )
@@ -2246,7 +2266,6 @@ class Runner:
         if not found:
             raise Failure(Exit.USAGE, f"--images: no picture ({', '.join(project.image_suffixes)}) in {images}.")
         results = Path(os.path.realpath(self.options.results)) if self.options.results else place / "results"
-        self.plan = Plan(project, Path(), Path(), self.find_notebook().parent, {}, True, None, None, 0)
         return {project.images_parameter: self.relative(images), project.results_parameter: self.relative(results)}
 
     def acquire_locks(self, parameters: dict[str, Any]) -> None:
@@ -2264,6 +2283,15 @@ class Runner:
             self.locks.append(lock)
             if lock.stale:
                 self.note(f"a lock of process {lock.stale.get('pid', '?')}, which is gone, was taken over")
+
+    def sweep(self) -> None:
+        """Removes half-written files of a run that was killed."""
+        assert self.plan is not None
+        for path in self.plan.target.parent.glob(f".{self.plan.target.stem}.*.partial.ipynb"):
+            number = path.name.split(".")[-3]
+            if number.isdigit() and not process_alive(int(number)):
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
     def checkpoint_folder(self, parameters: dict[str, Any]) -> Path | None:
         """Where the run writes checkpoints; None if the notebook has none."""
@@ -2671,6 +2699,7 @@ def make_parser(project: Project = PROJECT) -> argparse.ArgumentParser:
         description="Run the notebook from beginning to end and publish the result.",
         epilog="exit codes:\n" + codes,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("notebook", nargs="?", help=f"the notebook (default: {project.notebook})")
