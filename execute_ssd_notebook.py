@@ -598,6 +598,17 @@ def run_process(command: list[str], limit: float, env: dict[str, str] | None = N
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def import_quickly() -> None:
+    """Imports nbformat without a grammar that jsonschema compiles for two seconds and no notebook needs."""
+    name = "rfc3987_syntax"
+    if name not in sys.modules:
+        sys.modules[name] = None  # type: ignore[assignment]  # an import of it fails, which jsonschema expects
+        try:
+            import nbformat  # noqa: F401
+        finally:
+            del sys.modules[name]
+
+
 def read_notebook(path: Path) -> tuple[Any, bytes]:
     """Reads a notebook.
 
@@ -672,7 +683,7 @@ def terminal_text(text: str) -> str:
     if "\b" in text:
         old = None
         while old != text:
-            old, text = text, re.sub(r"[^\n\b]\b", "", text)
+            old, text = text, re.sub("[^\n\b]\b", "", text)  # no raw text: \b is the backspace
     if "\r" not in text:
         return text
     lines = []
@@ -1077,18 +1088,22 @@ def requirement_problem(module: str, requirement: str) -> str:
     return ""
 
 
-def imported_modules(notebook: Any) -> set[str]:
-    """Top-level modules that code cells import at their outer level, not guarded by `try`."""
+def imported_modules(notebook: Any) -> tuple[set[str], set[str]]:
+    """What code cells import: at their outer level (needed), and elsewhere, as in a function or `try` (optional)."""
+    needed: set[str] = set()
     found: set[str] = set()
     for _, cell in code_cells(notebook):
         source = re.sub(r"^\s*[%!].*$", "pass", cell.source, flags=re.M)
         with contextlib.suppress(SyntaxError, ValueError):
-            for node in ast.parse(source).body:
+            tree = ast.parse(source)
+            for node in ast.walk(tree):
+                names: list[str] = []
                 if isinstance(node, ast.Import):
-                    found.update(alias.name.split(".")[0] for alias in node.names)
+                    names = [alias.name for alias in node.names]
                 elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                    found.add(node.module.split(".")[0])
-    return found
+                    names = [node.module]
+                (needed if node in tree.body else found).update(name.split(".")[0] for name in names)
+    return needed, found - needed
 
 
 def missing_packages(requirements: dict[str, str]) -> dict[str, str]:
@@ -1616,12 +1631,11 @@ def foreign_kernel(notebook: Any) -> str:
         return f"no kernel {name!r} is installed" if name != "python3" else ""
     except Exception:
         return f"the kernel {name!r} is broken"
-    program = shutil.which(spec.argv[0]) if spec.argv else None
-    if spec.language.lower() == "python" and (not program or spec.argv[0] in ("python", "python3")):
-        return "" if spec.argv and spec.argv[0] in ("python", "python3") else f"the kernel {name!r} is broken"
-    if program and os.path.abspath(program) == os.path.abspath(sys.executable):
-        return ""
-    return f"the kernel {name!r} belongs to {program or (spec.argv or ['nothing'])[0]}"
+    program = spec.argv[0] if spec.argv else "nothing"
+    if os.path.basename(program) == program:  # jupyter itself puts its own interpreter in the place of `python`
+        return "" if re.fullmatch(r"python[\d.]*(\.exe)?", program) else f"the kernel {name!r} belongs to {program}"
+    same = os.path.normcase(os.path.abspath(program)) == os.path.normcase(os.path.abspath(sys.executable))
+    return "" if same else f"the kernel {name!r} belongs to {program}"
 
 
 class Execution:
@@ -2133,16 +2147,20 @@ class Runner:
         if not options.check:
             self.step("1 dependencies")
         ensure_packages(needed, options.install, self.console)
+        import_quickly()
         if options.check:
             return self.check(path)
         notebook, data = read_notebook(path)
         inject(notebook, {})
         if not any(cell.source.strip() for _, cell in code_cells(notebook)):
             raise Failure(Exit.NOTEBOOK, f"{path.name} has no code cell with code in it: nothing to run.")
-        imported = imported_modules(notebook)
+        imported, optional = imported_modules(notebook)
         requirements = {module: need for module, need in self.project.packages.items() if module in imported}
+        extras = {module: need for module, need in self.project.packages.items() if module in optional}
         sys.path.insert(0, str(path.parent))
-        ensure_packages(requirements, options.install, self.console)
+        ensure_packages(requirements | (extras if options.install else {}), options.install, self.console)
+        if lacking := missing_packages(extras):
+            self.note(f"warning: {'; '.join(lacking.values())}; what needs them says so (--install installs them)")
         self.note(f"{plural(len(needed) + len(requirements), 'package')} found, Python {platform.python_version()}")
         parameters = notebook_parameters(notebook)
         self.plan = plan = self.make_plan(path, parameters)
