@@ -308,7 +308,7 @@ class Console:
         """Lines at the bottom of a terminal, replaced by the next call."""
         if self.tty:
             width = max(20, shutil.get_terminal_size().columns - 1)
-            lines = [one_line(text, width) for text in lines]
+            lines = [" " * (len(text) - len(text.lstrip())) + one_line(text, width - 4) for text in lines]
             text = self._clear()
             self.region = lines
             self._write(text + "\n".join(lines))
@@ -699,8 +699,9 @@ def terminal_text(text: str) -> str:
 def clean_notebook(notebook: Any) -> Any:
     """A copy without what changes from run to run for nothing.
 
-    Streams of one cell are joined per name where they follow each other, carriage returns resolved; widget state,
-    execution times and transient keys dropped; kernelspec and language as this project keeps them.
+    Between two outputs of another kind the streams are joined by name, standard output first; carriage returns are
+    resolved; widget state, execution times and transient keys dropped; kernelspec and language as this project keeps
+    them.
     """
     import nbformat
 
@@ -719,13 +720,20 @@ def clean_notebook(notebook: Any) -> Any:
     for _, cell in code_cells(result):
         cell.metadata.pop("execution", None)
         outputs: list[Any] = []
+        stretch: dict[str, Any] = {}  # streams since the last output of another kind
         for output in cell.outputs:
-            last = outputs[-1] if outputs else None
             if output.output_type == "stream":
-                if last is not None and last.output_type == "stream" and last.name == output.name:
-                    last["text"] = last["text"] + output["text"]
+                if output.name in stretch:
+                    stretch[output.name]["text"] += output["text"]
                     continue
-            output.pop("transient", None)
+                stretch[output.name] = output
+                last = outputs[-1] if outputs else None
+                if output.name == "stdout" and last is not None and last.get("name") == "stderr":
+                    outputs.insert(len(outputs) - 1, output)  # which of the two arrives first is chance
+                    continue
+            else:
+                stretch = {}
+                output.pop("transient", None)
             outputs.append(output)
         for output in outputs:
             if output.output_type == "stream":
@@ -1690,7 +1698,7 @@ class Execution:
             self.console.line("    " + one_line(self.pending, 160))
         if not self.console.tty:
             number = self.numbers[cell_index]
-            outputs = plural(len(clean_outputs(cell.outputs)), "output")
+            outputs = plural(count_outputs(cell), "output")
             self.console.line(
                 f"  [{number}/{len(self.cells)}] {self.titles[cell_index] or 'cell'}: "
                 f"{duration(self.seconds[cell_index])}, {outputs}"
@@ -1994,14 +2002,17 @@ class Execution:
                     child.kill()
 
 
-def clean_outputs(outputs: list[Any]) -> list[Any]:
-    """Outputs with streams that follow each other counted once."""
-    kept: list[Any] = []
-    for output in outputs:
-        if kept and output.output_type == "stream" == kept[-1].output_type and kept[-1].name == output.name:
-            continue
-        kept.append(output)
-    return kept
+def count_outputs(cell: Any) -> int:
+    """Outputs of a cell, with streams that `clean_notebook` joins counted once."""
+    count, names = 0, set()
+    for output in cell.outputs:
+        name = output.get("name") if output.output_type == "stream" else None
+        if name is None:
+            names = set()
+        if name is None or name not in names:
+            count += 1
+            names.add(name)
+    return count
 
 
 def cell_key(cell: Any) -> str:
@@ -2456,15 +2467,17 @@ class Runner:
             self.note(f"{project.weights_name} from {path.name}, {megabytes(path.stat().st_size)}")
             return
         self.env.pop(project.weights_variable, None)
-        if options.images or plan.overrides.get(project.finetune_parameter) or self.reuses(parameters):
-            self.note("not needed: a trained checkpoint is used")
+        if options.images or plan.overrides.get(project.finetune_parameter):
+            self.note("not needed: a trained checkpoint is the start")
             return
         try:
             self.note(fetch_weights(project, self.console))
         except OSError as error:
+            reuse = self.reuses(parameters)
+            then = "a finished checkpoint is reused" if reuse else "the notebook trains without them and says so"
             self.note(
-                f"warning: {project.weights_name} cannot be fetched ({reason_of(error)}); the notebook goes on without "
-                "them and says so; give them as a file by --weights"
+                f"warning: {project.weights_name} cannot be fetched ({reason_of(error)}); {then}; "
+                "give them as a file by --weights"
             )
 
     def prepare_notebook(self, notebook: Any) -> Any:
@@ -2530,7 +2543,7 @@ class Runner:
                         "number": number,
                         "section": execution.titles[index],
                         "seconds": round(execution.seconds[index], 3) if index in execution.seconds else None,
-                        "outputs": len(clean_outputs(execution.notebook.cells[index].outputs)),
+                        "outputs": count_outputs(execution.notebook.cells[index]),
                         "peak_memory_mb": round(execution.peaks[index] / 1e6) if index in execution.peaks else None,
                     }
                     for index, number in execution.numbers.items()

@@ -1,0 +1,99 @@
+"""How much longer a run by execute_ssd_notebook.py takes than plain `jupyter nbconvert --execute`.
+
+Both execute the same notebook of 40 cells, in turn, several times; the figure is the median of the ratios of the
+pairs. The cells do a little work and print as a study does: text, a table, a picture, a stream of progress lines.
+
+    python benchmarks/runner_overhead.py --rounds 7 --seconds 0.25
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nbformat
+from nbformat import v4
+
+ROOT = Path(__file__).resolve().parent.parent
+KINDS = (
+    "print('cell', {number})",
+    "[{{'row': i, 'value': i * i}} for i in range(40)]",
+    "for i in range(40):\n    print('step', i, flush=True)",
+    "from IPython.display import Image\nImage(data=b'\\x89PNG\\r\\n\\x1a\\n' + bytes(60_000), format='png')",
+)
+
+
+def write_notebook(path: Path, cells: int, seconds: float) -> None:
+    """A notebook of so many code cells; each works for `seconds`."""
+    made = [v4.new_markdown_cell("# Benchmark")]
+    for number in range(cells):
+        work = f"import time\nend = time.perf_counter() + {seconds}\nwhile time.perf_counter() < end:\n    pass\n"
+        made.append(v4.new_code_cell(work + KINDS[number % len(KINDS)].format(number=number)))
+    nbformat.write(v4.new_notebook(cells=made), path)
+
+
+def timed(command: list[str], folder: Path) -> float:
+    """Seconds that a command takes; it has to succeed."""
+    start = time.perf_counter()
+    subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Prints the seconds of each pair and the median ratio; the last line is JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--cells", type=int, default=40)
+    parser.add_argument("--seconds", type=float, default=0.25, help="work of each cell")
+    options = parser.parse_args()
+    pairs = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for number in range(options.rounds + 1):
+            times = {}
+            order = ["plain", "runner"] if number % 2 else ["runner", "plain"]
+            for kind in order:
+                write_notebook(folder / "page.ipynb", options.cells, options.seconds)
+                if kind == "plain":
+                    command = [
+                        sys.executable,
+                        "-m",
+                        "nbconvert",
+                        "--to",
+                        "notebook",
+                        "--execute",
+                        "--inplace",
+                        "page.ipynb",
+                    ]
+                else:
+                    command = [sys.executable, str(ROOT / "execute_ssd_notebook.py"), "page.ipynb"]
+                times[kind] = timed(command, folder)
+            if number:  # the first pair warms the disk's cache
+                pairs.append((times["plain"], times["runner"]))
+                share = times["runner"] / times["plain"]
+                print(f"nbconvert {times['plain']:.2f} s, runner {times['runner']:.2f} s, ratio {share:.3f}")
+    ratio = statistics.median(runner / plain for plain, runner in pairs)
+    print(
+        json.dumps(
+            {
+                "cells": options.cells,
+                "seconds_per_cell": options.seconds,
+                "rounds": len(pairs),
+                "nbconvert_s": round(statistics.median(plain for plain, _ in pairs), 2),
+                "runner_s": round(statistics.median(runner for _, runner in pairs), 2),
+                "median_ratio": round(ratio, 3),
+                "processors": os.cpu_count(),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
