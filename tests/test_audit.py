@@ -1,0 +1,127 @@
+"""The audit finds each fault where it was planted, finds nothing in clean drawn data, and BCCD's known faults."""
+
+import planting
+import pytest
+
+import synthetic_bccd as synthetic
+
+
+@pytest.fixture
+def clean(tmp_path):
+    """A drawn dataset of 10, 4 and 4 smears that a test may spoil: its BCCD folder."""
+    return synthetic.draw_dataset(tmp_path / "BCCD_Dataset", train=10, val=4, test=4, seed=21) / "BCCD"
+
+
+def load(nb, bccd):
+    return {split: nb.SmearSplit(bccd, split) for split in ("train", "val", "test")}
+
+
+def labels_of(nb, bccd):
+    """audit_labels without empty rows: {fault: [(split, id), ...]}, and the whole findings."""
+    findings = nb.audit_labels(load(nb, bccd))
+    return {fault: [row[:2] for row in rows] for fault, rows in findings.items() if rows}, findings
+
+
+def shared(nb, bccd):
+    """Pairs of (split, id) that share a field, each as a set, with the share in common."""
+    pixels, names = nb.thumbnails(load(nb, bccd))
+    return {frozenset((names[i], names[j])): common for i, j, _, common in nb.find_shared_fields(pixels)}
+
+
+def test_clean_data_has_no_fault(nb, clean):
+    assert labels_of(nb, clean)[0] == {}
+    assert shared(nb, clean) == {}
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_zero_area_box(nb, clean, split):
+    name = planting.split_ids(clean, split)[2]
+    box = planting.zero_area_box(clean, name)
+    found, findings = labels_of(nb, clean)
+    assert list(found.values()) == [[(split, name)]]
+    assert next(rows for rows in findings.values() if rows)[0][2] == box
+
+
+@pytest.mark.parametrize("class_name", ["RBC", "WBC"])
+def test_a_duplicate_box(nb, clean, class_name):
+    name = planting.split_ids(clean, "val")[1]
+    planting.duplicate_box(clean, name, class_name)
+    found, _ = labels_of(nb, clean)
+    assert list(found.values()) == [[("val", name)]]
+    assert "duplicate" in next(iter(found))
+
+
+def test_an_image_without_a_red_cell(nb, clean):
+    names = planting.split_ids(clean, "train")[3], planting.split_ids(clean, "test")[0]
+    for name in names:
+        planting.without_red_cells(clean, name)
+    found, _ = labels_of(nb, clean)
+    assert list(found.values()) == [[("train", names[0]), ("test", names[1])]]
+
+
+def test_a_near_duplicate_in_another_split(nb, clean):
+    name = planting.split_ids(clean, "train")[5]
+    copy = planting.near_duplicate(clean, name, "test")
+    found = shared(nb, clean)
+    assert set(found) == {frozenset({("train", name), ("test", copy)})}
+    assert next(iter(found.values())) > 0.95
+
+
+@pytest.mark.parametrize(("shift", "seed"), [((260, 70), 77), ((-180, 160), 78), ((0, 240), 79), ((330, 0), 80)])
+def test_fields_that_overlap_across_splits(nb, clean, shift, seed):
+    names = planting.overlapping_fields(clean, "train", "test", shift=shift, seed=seed)
+    found = shared(nb, clean)
+    assert set(found) == {frozenset({("train", names[0]), ("test", names[1])})}
+    common = (640 - abs(shift[0])) * (480 - abs(shift[1])) / (640 * 480)
+    assert next(iter(found.values())) == pytest.approx(common, abs=0.05)
+
+
+def test_all_faults_at_once(nb, clean):
+    train, val = planting.split_ids(clean, "train"), planting.split_ids(clean, "val")
+    planting.zero_area_box(clean, train[0])
+    planting.duplicate_box(clean, train[1])
+    planting.without_red_cells(clean, val[0])
+    copy = planting.near_duplicate(clean, train[2], "val")
+    fields = planting.overlapping_fields(clean, "val", "test")
+    found, _ = labels_of(nb, clean)
+    assert sorted(found.values()) == sorted([[("train", train[0])], [("train", train[1])], [("val", val[0])]])
+    assert set(shared(nb, clean)) == {
+        frozenset({("train", train[2]), ("val", copy)}),
+        frozenset({("val", fields[0]), ("test", fields[1])}),
+    }
+
+
+@pytest.fixture(scope="module")
+def real_findings(nb, bccd_root):
+    datasets = load(nb, nb.dataset_root(bccd_root))
+    pixels, names = nb.thumbnails(datasets)
+    pairs = [(names[i], names[j], common) for i, j, _, common in nb.find_shared_fields(pixels)]
+    return nb.audit_labels(datasets), pairs
+
+
+def rows(findings, word):
+    """The (split, number of the image) of the fault whose name holds the word."""
+    key = next(name for name in findings if word in name)
+    return sorted((split, int(name.split("_")[1])) for split, name, _ in findings[key])
+
+
+def test_known_label_faults_of_bccd(real_findings):
+    findings, _ = real_findings
+    assert rows(findings, "zero") == [("train", 343), ("val", 338)]
+    duplicates = {("train", n) for n in (20, 100, 251, 403)} | {("val", 104), ("val", 331), ("test", 284)}
+    assert set(rows(findings, "duplicate")) == duplicates
+    without = [split for split, _ in rows(findings, "RBC")]
+    assert {split: without.count(split) for split in ("train", "val", "test")} == {"train": 8, "val": 4, "test": 3}
+
+
+def test_known_shared_fields_of_bccd(real_findings):
+    """29 pairs from different splits are known to share a field; nine test smears share one with a training smear."""
+    _, pairs = real_findings
+    across = [(a, b, common) for a, b, common in pairs if a[0] != b[0]]
+    assert 26 <= len(across) <= 36
+    with_train = {b[1] for a, b, _ in across if (a[0], b[0]) == ("train", "test")}
+    known = {19, 41, 161, 205, 225, 229, 233, 249, 365}
+    found = {int(name.split("_")[1]) for name in with_train}
+    assert len(found & known) >= 8 and len(found - known) <= 2
+    nearly_identical = [{a[1], b[1]} for a, b, common in pairs if common > 0.95]
+    assert {"BloodImage_00037", "BloodImage_00038"} in nearly_identical

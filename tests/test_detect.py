@@ -1,0 +1,125 @@
+"""Detection: torchvision's post-processing on the same head outputs, any image size, and images without a cell."""
+
+import numpy as np
+import pytest
+import torch
+from torchvision import ops
+from torchvision.models.detection import ssd300_vgg16
+from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torchvision.models.detection.image_list import ImageList
+
+
+class Fixed(torch.nn.Module):
+    """A detector that answers every image with the same locs (8732, 4) and scores (8732, C)."""
+
+    def __init__(self, priors, locs, scores):
+        super().__init__()
+        self.register_buffer("priors", priors)
+        self.locs, self.scores, self.num_classes = locs, scores, scores.shape[1]
+
+    def forward(self, images):
+        assert images.shape[1:] == (3, 300, 300)
+        return self.locs.expand(len(images), -1, -1), self.scores.expand(len(images), -1, -1)
+
+
+def picture(width, height):
+    return np.full((height, width, 3), 200, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("size", [(640, 480), (300, 300), (37, 911)])
+def test_equal_torchvision_postprocessing(nb, seed, size):
+    g = torch.Generator().manual_seed(seed)
+    locs = torch.randn(8732, 4, generator=g)
+    scores = torch.randn(8732, 4, generator=g) * 2 + torch.tensor([5.0, 0, 0, 0])
+    priors = nb.create_prior_boxes()
+    found = nb.detect(Fixed(priors, locs, scores), [picture(*size)])[0]
+    reference = ssd300_vgg16(
+        weights=None,
+        weights_backbone=None,
+        num_classes=4,
+        score_thresh=0.01,
+        nms_thresh=0.45,
+        detections_per_img=200,
+        topk_candidates=400,
+    )
+    anchors = ops.box_convert(priors, "cxcywh", "xyxy") * torch.tensor([size[0], size[1]] * 2)
+    outputs = {"bbox_regression": locs[None], "cls_logits": scores[None]}
+    wanted = reference.postprocess_detections(outputs, [anchors], [(size[1], size[0])])[0]
+    assert 20 < len(wanted["boxes"]) == len(found["boxes"]) <= 200
+    assert torch.equal(found["labels"], wanted["labels"])
+    assert torch.allclose(found["scores"], wanted["scores"], atol=1e-6)
+    assert torch.allclose(found["boxes"], wanted["boxes"], atol=2e-2)
+    assert found["labels"].dtype == torch.int64 and found["boxes"].dtype == torch.float32
+
+
+def perfect(nb, boxes, labels, size):
+    """A detector that knows the boxes: for each, the prior that overlaps it most says so."""
+    priors = nb.create_prior_boxes()
+    shares = boxes / torch.tensor([size[0], size[1]] * 2)
+    best = ops.box_iou(shares, ops.box_convert(priors, "cxcywh", "xyxy")).argmax(1)
+    locs, scores = torch.zeros(8732, 4), torch.tensor([20.0, 0, 0, 0]).repeat(8732, 1)
+    locs[best] = nb.encode(shares, priors[best])
+    scores[best] = torch.nn.functional.one_hot(labels, 4).float() * (20 + torch.rand(len(labels), 1))
+    return Fixed(priors, locs, scores)
+
+
+@pytest.mark.parametrize("size", [(640, 480), (1500, 200), (90, 70)])
+def test_boxes_come_back_in_the_pixels_of_the_image(nb, size):
+    shares = torch.tensor([[0.1, 0.1, 0.3, 0.35], [0.5, 0.2, 0.8, 0.6], [0.15, 0.7, 0.22, 0.8]])
+    boxes, labels = shares * torch.tensor([size[0], size[1]] * 2), torch.tensor([1, 2, 3])
+    found = nb.detect(perfect(nb, boxes, labels, size), [picture(*size)], min_score=0.5)[0]
+    order = found["labels"].argsort()
+    assert found["labels"][order].tolist() == [1, 2, 3]
+    assert torch.allclose(found["boxes"][order], boxes, atol=1e-2 * max(size) / 300)
+
+
+def test_best_first_and_no_more_than_asked(nb):
+    g = torch.Generator().manual_seed(1)
+    model = Fixed(nb.create_prior_boxes(), torch.randn(8732, 4, generator=g), torch.randn(8732, 4, generator=g) * 2)
+    full = nb.detect(model, [picture(64, 64)])[0]
+    assert len(full["scores"]) == 200 and (full["scores"].diff() <= 0).all()
+    assert full["scores"].min() > 0.01
+    few = nb.detect(model, [picture(64, 64)], top_k=7)[0]
+    assert all(torch.equal(few[key], full[key][:7]) for key in ("boxes", "labels", "scores"))
+    sure = nb.detect(model, [picture(64, 64)], min_score=0.8, top_k=10**6)[0]
+    assert len(sure["scores"]) == 0 or sure["scores"].min() > 0.8
+    for label in (1, 2, 3):
+        mine = full["boxes"][full["labels"] == label]
+        iou = ops.box_iou(mine, mine).fill_diagonal_(0)
+        assert iou.numel() == 0 or iou.max() <= 0.45 + 1e-5
+
+
+def test_nothing_found_is_an_empty_answer_of_the_right_shape(nb):
+    scores = torch.tensor([30.0, 0, 0, 0]).repeat(8732, 1)
+    found = nb.detect(Fixed(nb.create_prior_boxes(), torch.zeros(8732, 4), scores), [picture(640, 480)] * 2)
+    assert len(found) == 2
+    for one in found:
+        assert one["boxes"].shape == (0, 4) and one["labels"].shape == (0,) and one["scores"].shape == (0,)
+    assert nb.detect(Fixed(nb.create_prior_boxes(), torch.zeros(8732, 4), scores), []) == []
+
+
+def test_an_image_does_not_depend_on_its_neighbours(nb):
+    torch.manual_seed(0)
+    model = nb.SSD300(4).eval()
+    g = np.random.default_rng(0)
+    images = [g.integers(0, 255, shape, dtype=np.uint8) for shape in ((480, 640, 3), (100, 333, 3), (300, 300, 3))]
+    together = nb.detect(model, images, min_score=0.2, top_k=20)
+    for image, one in zip(images, together, strict=True):
+        alone = nb.detect(model, [image], min_score=0.2, top_k=20)[0]
+        assert torch.equal(one["labels"], alone["labels"])
+        assert torch.allclose(one["scores"], alone["scores"], atol=1e-5)
+        assert torch.allclose(one["boxes"], alone["boxes"], atol=1e-2)
+
+
+def test_the_default_boxes_of_torchvision_are_served_too(nb):
+    """Priors made by torchvision's generator decode to its own default boxes at offset zero."""
+    generator = DefaultBoxGenerator([[2], [2, 3], [2, 3], [2, 3], [2], [2]], scales=nb.PAPER_SCALES, clip=False)
+    maps = [torch.zeros(1, 1, n, n) for n in (38, 19, 10, 5, 3, 1)]
+    boxes = generator(ImageList(torch.zeros(1, 3, 300, 300), [(300, 300)]), maps)[0]
+    priors = ops.box_convert(boxes / 300, "xyxy", "cxcywh")
+    scores = torch.tensor([30.0, 0, 0, 0]).repeat(8732, 1)
+    scores[5000] = torch.tensor([0, 0, 30.0, 0])
+    found = nb.detect(Fixed(priors, torch.zeros(8732, 4), scores), [picture(300, 300)])[0]
+    assert found["labels"].tolist() == [2]
+    assert torch.allclose(found["boxes"], boxes[5000:5001].clamp(0, 300), atol=1e-3)

@@ -1,0 +1,235 @@
+"""Reading Pascal VOC: good files read exactly, each kind of bad file refused with one sentence that names it."""
+
+import time
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import synthetic_bccd as synthetic
+
+SIZE = "<size><width>640</width><height>480</height><depth>3</depth></size>"
+
+
+def item(name="RBC", box=(10, 20, 110, 120)):
+    """One <object>; a coordinate of None is left out."""
+    keys = ("xmin", "ymin", "xmax", "ymax")
+    sides = "".join(f"<{key}>{value}</{key}>" for key, value in zip(keys, box, strict=True) if value is not None)
+    return f"<object><name>{name}</name><bndbox>{sides}</bndbox></object>"
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write the text of an annotation and return its path."""
+
+    def write(text):
+        path = tmp_path / "broken one.xml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+def test_a_good_file(nb, write):
+    text = f"<annotation>{SIZE}{item('WBC', (1, 2.5, 640, 480))}{item('Platelets', (0, 0, 30, 40))}</annotation>"
+    boxes, labels = nb.parse_voc_annotation(write(text))
+    assert boxes.tolist() == [[1, 2.5, 640, 480], [0, 0, 30, 40]] and boxes.dtype == torch.float32
+    assert labels.tolist() == [2, 3] and labels.dtype == torch.int64
+
+
+def test_no_objects(nb, write):
+    boxes, labels = nb.parse_voc_annotation(write(f"<annotation>{SIZE}</annotation>"))
+    assert boxes.shape == (0, 4) and labels.shape == (0,)
+    assert boxes.dtype == torch.float32 and labels.dtype == torch.int64
+
+
+def test_a_zero_area_box_is_read_for_the_audit_to_name(nb, write):
+    boxes, _ = nb.parse_voc_annotation(write(f"<annotation>{SIZE}{item(box=(504, 337, 504, 337))}</annotation>"))
+    assert boxes.tolist() == [[504, 337, 504, 337]]
+
+
+BAD = {
+    "no size": f"<annotation>{item()}</annotation>",
+    "size without a number": f"<annotation>{SIZE.replace('640', 'wide')}{item()}</annotation>",
+    "size of zero": f"<annotation>{SIZE.replace('640', '0')}{item()}</annotation>",
+    "size of NaN": f"<annotation>{SIZE.replace('640', 'nan')}{item()}</annotation>",
+    "unknown class": f"<annotation>{SIZE}{item('Eosinophil')}</annotation>",
+    "class in other letters": f"<annotation>{SIZE}{item('rbc')}</annotation>",
+    "no class": f"<annotation>{SIZE}{item('')}</annotation>",
+    "reversed x": f"<annotation>{SIZE}{item(box=(110, 20, 10, 120))}</annotation>",
+    "reversed y": f"<annotation>{SIZE}{item(box=(10, 120, 110, 20))}</annotation>",
+    "negative": f"<annotation>{SIZE}{item(box=(-30, 20, 110, 120))}</annotation>",
+    "NaN": f"<annotation>{SIZE}{item(box=('nan', 20, 110, 120))}</annotation>",
+    "infinite": f"<annotation>{SIZE}{item(box=(10, 20, 'inf', 120))}</annotation>",
+    "outside right": f"<annotation>{SIZE}{item(box=(600, 20, 700, 120))}</annotation>",
+    "outside below": f"<annotation>{SIZE}{item(box=(10, 420, 110, 520))}</annotation>",
+    "no number": f"<annotation>{SIZE}{item(box=('ten', 20, 110, 120))}</annotation>",
+    "a side missing": f"<annotation>{SIZE}{item(box=(10, 20, None, 120))}</annotation>",
+    "no box": f"<annotation>{SIZE}<object><name>RBC</name></object></annotation>",
+    "truncated": f"<annotation>{SIZE}{item()}"[:-20],
+    "empty": "",
+    "not XML": "\x89PNG no annotation at all",
+}
+
+
+@pytest.mark.parametrize("text", BAD.values(), ids=BAD.keys())
+def test_bad_files_are_refused_by_name(nb, write, text):
+    path = write(text)
+    with pytest.raises(nb.AnnotationError) as caught:
+        nb.parse_voc_annotation(path)
+    message = str(caught.value)
+    assert str(path) in message
+    assert len(message) - len(str(path)) > 20 and "\n" not in message
+
+
+def test_a_missing_annotation(nb, tmp_path):
+    with pytest.raises(nb.AnnotationError, match="absent.xml"):
+        nb.parse_voc_annotation(tmp_path / "absent.xml")
+
+
+def test_an_entity_bomb_is_refused_at_once(nb, write):
+    names = "abcdefghij"
+    entities = "".join(f'<!ENTITY {b} "{f"&{a};" * 10}">' for a, b in zip(names, names[1:], strict=False))
+    bomb = f'<?xml version="1.0"?><!DOCTYPE x [<!ENTITY a "boom">{entities}]><annotation>{SIZE}&j;</annotation>'
+    start = time.perf_counter()
+    with pytest.raises(nb.AnnotationError):
+        nb.parse_voc_annotation(write(bomb))
+    assert time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize("scheme", ["file", "http"])
+def test_an_external_entity_reads_nothing(nb, write, tmp_path, scheme):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("TOP-SECRET")
+    target = secret.as_uri() if scheme == "file" else "http://127.0.0.1:9/nothing"
+    text = (
+        f'<?xml version="1.0"?><!DOCTYPE x [<!ENTITY s SYSTEM "{target}">]>'
+        f"<annotation>{SIZE}{item('&s;')}</annotation>"
+    )
+    with pytest.raises(nb.AnnotationError) as caught:
+        nb.parse_voc_annotation(write(text))
+    assert "TOP-SECRET" not in str(caught.value)
+
+
+def test_other_class_names(nb, write):
+    path = write(f"<annotation>{SIZE}{item('Lymphocyte')}</annotation>")
+    assert nb.parse_voc_annotation(path, ["RBC", "Lymphocyte"])[1].tolist() == [2]
+
+
+# --- splits, images, the whole dataset
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A drawn dataset of 3, 1 and 1 smears that a test may break; the folder with Annotations."""
+    return synthetic.draw_dataset(tmp_path / "BCCD_Dataset", train=3, val=1, test=1, seed=2) / "BCCD"
+
+
+def test_the_drawn_dataset_reads_exactly(nb, small):
+    dataset = nb.SmearSplit(small, "train")
+    assert len(dataset) == 3
+    for index in range(3):
+        image, boxes, labels = dataset[index]
+        drawn, true_boxes, true_labels = synthetic.draw_smear(np.random.default_rng([2, 0, index]))
+        assert image.shape == (480, 640, 3) and image.dtype == np.uint8
+        assert np.abs(image.astype(int) - drawn).mean() < 5
+        assert np.array_equal(boxes, true_boxes) and np.array_equal(labels, true_labels)
+
+
+def test_images_beyond_the_memory_budget_are_read_again(nb, small):
+    kept, lazy = nb.SmearSplit(small, "train"), nb.SmearSplit(small, "train", memory_mb=1)
+    for index in range(3):
+        assert np.array_equal(kept[index][0], lazy[index][0])
+    assert kept[2][0] is kept[2][0]
+    assert lazy[2][0] is not lazy[2][0]
+
+
+def test_a_zero_area_box_is_dropped_and_named(nb, small):
+    path = small / "Annotations" / "Smear_00001.xml"
+    path.write_text(path.read_text().replace("</annotation>", item(box=(50, 60, 50, 60)) + "</annotation>"))
+    before = len(ElementTree.parse(path).findall("object"))
+    dataset = nb.SmearSplit(small, "train")
+    assert len(dataset[1][1]) == len(dataset[1][2]) == before - 1
+    assert dataset.dropped == [("Smear_00001", [50.0, 60.0, 50.0, 60.0])]
+
+
+def test_an_image_without_objects(nb, small):
+    (small / "Annotations" / "Smear_00000.xml").write_text(f"<annotation>{SIZE}</annotation>")
+    image, boxes, labels = nb.SmearSplit(small, "train")[0]
+    assert image.shape == (480, 640, 3) and boxes.shape == (0, 4) and labels.shape == (0,)
+
+
+def test_an_empty_split(nb, small):
+    (small / "ImageSets" / "Main" / "val.txt").write_text("\n\n")
+    with pytest.raises(nb.DatasetError, match=r"val\.txt"):
+        nb.SmearSplit(small, "val")
+
+
+def test_a_missing_split(nb, small):
+    (small / "ImageSets" / "Main" / "val.txt").unlink()
+    with pytest.raises(nb.DatasetError, match=r"val\.txt"):
+        nb.SmearSplit(small, "val")
+
+
+@pytest.mark.parametrize("part", ["Annotations/Smear_00002.xml", "JPEGImages/Smear_00002.jpg"])
+def test_an_id_without_its_file(nb, small, part):
+    (small / part).unlink()
+    with pytest.raises(nb.DatasetError, match="Smear_00002"):
+        nb.SmearSplit(small, "train")
+
+
+@pytest.mark.parametrize("keep", [0, 40, 5000])
+def test_a_truncated_image(nb, small, keep):
+    path = small / "JPEGImages" / "Smear_00000.jpg"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(nb.DatasetError, match=r"Smear_00000\.jpg"):
+        nb.SmearSplit(small, "train")[0]
+
+
+def test_a_folder_that_is_not_bccd(nb, tmp_path):
+    (tmp_path / "holidays").mkdir()
+    with pytest.raises(nb.DatasetError, match="holidays"):
+        nb.dataset_root(tmp_path / "holidays")
+    (tmp_path / "holidays" / "beach.txt").write_text("sun")
+    with pytest.raises(nb.DatasetError, match="holidays"):  # nothing is fetched over it
+        nb.fetch_dataset(tmp_path / "holidays", "file:///nowhere", attempts=1)
+    assert [path.name for path in (tmp_path / "holidays").iterdir()] == ["beach.txt"]
+
+
+def test_fetching_clones_once_or_leaves_nothing(nb, small, tmp_path):
+    import subprocess
+
+    source = tmp_path / "source"
+    (small.parent).rename(source)
+    for command in (["init", "-q"], ["add", "."], ["-c", "user.name=x", "-c", "user.email=x@x", "commit", "-qm", "x"]):
+        subprocess.run(["git", *command], cwd=source, check=True, capture_output=True)
+    target = tmp_path / "fetched"
+    assert nb.dataset_root(nb.fetch_dataset(target, source.as_uri())) == target / "BCCD"
+    assert nb.fetch_dataset(target, "file:///nowhere") == target  # is there: nothing is asked
+    with pytest.raises(nb.DatasetError, match="by hand"):
+        nb.fetch_dataset(tmp_path / "other", (tmp_path / "nowhere").as_uri(), attempts=1)
+    assert not (tmp_path / "other").exists()
+
+
+def test_read_image_turns_by_exif_and_makes_rgb(nb, tmp_path):
+    picture = Image.new("L", (40, 20), 30)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    picture.save(tmp_path / "grey.jpg", exif=exif)
+    assert nb.read_image(tmp_path / "grey.jpg").shape == (40, 20, 3)
+
+
+def test_real_dataset_reads_whole(nb, bccd_root):
+    root = nb.dataset_root(bccd_root)
+    sizes, counts, dropped = {}, np.zeros(4, dtype=int), []
+    for split in ("train", "val", "test"):
+        dataset = nb.SmearSplit(root, split)
+        sizes[split] = len(dataset)
+        dropped += dataset.dropped
+        for labels in dataset.labels:
+            counts += np.bincount(labels, minlength=4)
+    assert sizes == {"train": 205, "val": 87, "test": 72}
+    assert len(dropped) == 2
+    assert counts.tolist() == [0, 4155 - 2, 372, 361]
