@@ -2,8 +2,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "torch>=2.2",
-#   "torchvision>=0.17",
+#   "torch>=2.5",
+#   "torchvision>=0.20",
 #   "numpy>=1.26",
 #   "pillow>=10.0",
 #   "matplotlib>=3.7",
@@ -53,6 +53,7 @@ import asyncio
 import contextlib
 import copy
 import difflib
+import errno
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -104,8 +105,8 @@ class Project:
     # packages: import name -> requirement; of these, the ones that the notebook imports are required
     packages: dict[str, str] = field(
         default_factory=lambda: {
-            "torch": "torch>=2.2",
-            "torchvision": "torchvision>=0.17",
+            "torch": "torch>=2.5",
+            "torchvision": "torchvision>=0.20",
             "numpy": "numpy>=1.26",
             "PIL": "pillow>=10.0",
             "matplotlib": "matplotlib>=3.7",
@@ -186,6 +187,17 @@ OUTPUT_LIMIT = 32_000_000  # characters of text in one cell
 ARCHIVE_LIMIT = 4_000_000_000  # bytes that an archive may unpack to
 STAMP = "ssd_runner"  # key in the notebook's metadata
 INJECTED = "injected-parameters"  # papermill's tag
+METADATA = {  # as Jupyter writes it, without the version of one machine's Python
+    "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+    "language_info": {
+        "codemirror_mode": {"name": "ipython", "version": 3},
+        "file_extension": ".py",
+        "mimetype": "text/x-python",
+        "name": "python",
+        "nbconvert_exporter": "python",
+        "pygments_lexer": "ipython3",
+    },
+}
 INTERRUPT_SECONDS = 8.0  # a cell may take this long to end after an interrupt
 
 
@@ -703,20 +715,10 @@ def clean_notebook(notebook: Any) -> Any:
     resolved; widget state, execution times and transient keys dropped; kernelspec and language as this project keeps
     them.
     """
-    import nbformat
-
     result = copy.deepcopy(notebook)
     result.metadata.pop("widgets", None)
     result.metadata.pop("signature", None)
-    result.metadata["kernelspec"] = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
-    result.metadata["language_info"] = {
-        "codemirror_mode": {"name": "ipython", "version": 3},
-        "file_extension": ".py",
-        "mimetype": "text/x-python",
-        "name": "python",
-        "nbconvert_exporter": "python",
-        "pygments_lexer": "ipython3",
-    }
+    result.metadata.update(copy.deepcopy(METADATA))
     for _, cell in code_cells(result):
         cell.metadata.pop("execution", None)
         outputs: list[Any] = []
@@ -739,14 +741,14 @@ def clean_notebook(notebook: Any) -> Any:
             if output.output_type == "stream":
                 output["text"] = terminal_text(output["text"])
         cell["outputs"] = [o for o in outputs if o.output_type != "stream" or o["text"]]
-    return nbformat.from_dict(result)
+    return result
 
 
 def notebook_bytes(notebook: Any) -> bytes:
     """The file's bytes, the same on every system."""
-    import nbformat
+    from nbformat.v4 import writes_json  # nbformat.writes would validate every copy
 
-    text = nbformat.writes(notebook, version=4)
+    text = writes_json(notebook)
     return (text if text.endswith("\n") else text + "\n").encode("utf-8")
 
 
@@ -893,11 +895,13 @@ def check_notebook(notebook: Any, size: int, folders: tuple[str, ...] = (), draf
     add("GitHub can show it", not problems, one_line("; ".join(problems), 120) or "nothing that it cannot")
 
     named, warned = [], []
+    own = re.compile("|".join(rf"(?<![\w.:/]){re.escape(f)}(?![\w.-])" for f in folders)) if folders else None
     for index, cell in cells:
         for output in cell.outputs:
             for text in output_texts(output):
                 found = MACHINE_PATH.search(text)
-                hit = found.group(0) if found else next((f for f in folders if len(f) > 4 and f in text), "")
+                found = found or (own.search(text) if own else None)
+                hit = found.group(0) if found else ""
                 if hit:
                     kind = warned if output.get("name") == "stderr" else named
                     kind.append(f"{hit!r} in code cell {numbers[index]}")
@@ -1230,7 +1234,7 @@ def download(url: str, target: Path, sha256: str, console: Console) -> None:
         except FileNotFoundError:
             raise
         except (OSError, ValueError) as error:
-            if getattr(error, "errno", None) in (28, 27, 30, 13):  # full, too large, read-only, not allowed
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EACCES):
                 raise
             last = error
     raise OSError(reason_of(last or OSError("unknown")))
@@ -1463,7 +1467,7 @@ def fetch_dataset(url: str, target: Path, project: Project, console: Console) ->
             url, archive = url.removesuffix("/").removesuffix(".git") + "/archive/HEAD.zip", True
             console.line("  git is not installed: taking the archive")
         if archive:
-            local = Path(urllib.parse.unquote(url.removeprefix("file://")))
+            local = Path(urllib.request.url2pathname(urllib.parse.urlsplit(url).path) if "://" in url else url)
             file = temporary / "archive"
             if "://" not in url or url.startswith("file://"):
                 if not local.is_file():
@@ -1542,7 +1546,8 @@ def weight_names(path: Path) -> set[str]:
                 if member is None:
                     raise ValueError("a zip file without weights")
                 with bundle.open(member) as file:
-                    names.update(arg for _, arg, _ in pickletools.genops(file.read()) if isinstance(arg, str))
+                    content = file.read(1 << 26)
+                    names.update(arg for _, arg, _ in pickletools.genops(content) if isinstance(arg, str))
         else:
             with open(path, "rb") as file:
                 if file.read(1) != b"\x80":
@@ -1552,9 +1557,9 @@ def weight_names(path: Path) -> set[str]:
                     names.update(arg for _, arg, _ in pickletools.genops(file) if isinstance(arg, str))
     except (zipfile.BadZipFile, EOFError, OSError) as error:
         raise ValueError(f"damaged ({one_line(error, 60)})") from None
-    except ValueError:
+    except Exception as error:  # the reader of pickles raises many kinds
         if not names:
-            raise
+            raise ValueError(one_line(error, 80)) from None
     return names
 
 
@@ -1671,6 +1676,7 @@ class Execution:
         self.process: Any = None
         self.group: int | None = None
         self.ticker: asyncio.Task | None = None
+        self.interrupting: asyncio.Task | None = None
         self.characters = 0
         self.log = Path()
 
@@ -1717,6 +1723,7 @@ class Execution:
                     Failure(Exit.CELL, f"{self.where()} printed over {megabytes(OUTPUT_LIMIT)}: make it print less.")
                 )
             *lines, self.pending = (self.pending + text[-100_000:]).split("\n")
+            self.pending = self.pending[-10_000:]
             for line in lines:
                 line = terminal_text(line).rstrip()
                 if line:
@@ -1763,7 +1770,7 @@ class Execution:
     def set_fault(self, fault: Failure) -> None:
         """Ends the running cell by an interrupt; the reason is kept."""
         self.fault, self.fault_since = fault, time.monotonic()
-        asyncio.ensure_future(self.interrupt())
+        self.interrupting = asyncio.ensure_future(self.interrupt())  # kept: a task nobody holds may be collected
 
     async def interrupt(self) -> None:
         """Ctrl-C inside the kernel."""
@@ -2689,7 +2696,8 @@ def shown_path(path: Path) -> str:
 
 def machine_folders(folder: Path) -> tuple[str, ...]:
     """Folders of this machine that no published output may name."""
-    return tuple({str(folder), os.path.expanduser("~"), sys.prefix, tempfile.gettempdir()} - {"/", "/usr"})
+    found = {str(folder), os.path.expanduser("~"), sys.prefix, tempfile.gettempdir()}
+    return tuple(sorted(path for path in found if len(path) > 4 and path not in ("/usr/local", "/usr")))
 
 
 def environment(project: Project) -> dict[str, Any]:

@@ -176,7 +176,7 @@ def test_clean_notebook():
     assert notebook == untouched
     assert [(o.name, o.text) for o in last(clean).outputs] == [("stdout", "49%end"), ("stderr", "w")]
     assert "execution" not in last(clean).metadata and "widgets" not in clean.metadata
-    assert "version" not in clean.metadata.language_info and clean.metadata.kernelspec.name == "python3"
+    assert "version" not in clean.metadata["language_info"] and clean.metadata["kernelspec"]["name"] == "python3"
     assert last(clean).id == cell.id
     nbformat.validate(clean)
     assert runner.notebook_bytes(clean) == runner.notebook_bytes(runner.clean_notebook(clean))

@@ -65,7 +65,6 @@ class Fault:
     during: Callable[[Place, subprocess.Popen], None] | None = None
     after: Callable[[Place], None] | None = None
     kept: str = ""  # file with the outputs so far, and what stands in it
-    marks: tuple = ()
 
 
 def put(place: Place, name: str, data: bytes | str) -> None:
@@ -227,11 +226,8 @@ def interrupt_clone(place: Place, process: subprocess.Popen) -> None:
     process.send_signal(signal.SIGINT)
 
 
-def second_runner(place: Place, process: subprocess.Popen) -> None:
-    """The row's own script is the second; the first holds the lock."""
-
-
 def first_runner(place: Place) -> None:
+    """The row's own script is the second; the first holds the lock."""
     place.first = place.start()
     place.wait_for("running")
 
@@ -1063,21 +1059,19 @@ def wheel(folder, name: str, version: str) -> None:
 def test_install(place, available):
     """--install puts the package in and goes on, or says that it could not."""
     old_package("torchmetrics", "torchmetrics")(place)
-    wheels = place.folder / "wheels"
+    wheels, target = place.folder.parent / "wheels", place.folder / "target"  # pip splits find-links at spaces
     wheels.mkdir()
     if available:
         wheel(wheels, "torchmetrics", "9.9")
-    target = str(place.folder / "shadow")
-    place.env.update(PIP_NO_INDEX="1", PIP_FIND_LINKS=str(wheels), PIP_TARGET=target, PIP_UPGRADE="1", PIP_NO_DEPS="1")
-    if available:  # pip's --target leaves the old metadata beside the new
-        shutil.rmtree(place.folder / "shadow" / "torchmetrics-0.1.dist-info")
-        old = place.folder / "shadow" / "torchmetrics-0.1.dist-info"
-        old.mkdir()
-        (old / "METADATA").write_text("Metadata-Version: 2.1\nName: torchmetrics\nVersion: 0.1\n")
-        (old / "RECORD").write_text("torchmetrics/__init__.py,,\ntorchmetrics-0.1.dist-info/METADATA,,\n")
+    place.env.update(PIP_NO_INDEX="1", PIP_FIND_LINKS=str(wheels), PIP_TARGET=str(target), PIP_NO_DEPS="1")
+    place.env["PYTHONPATH"] = os.pathsep.join([str(target), place.env["PYTHONPATH"]])
     place.write("import torchmetrics\nprint('imported')")
+    before = place.notebook.read_bytes()
     result = place.run("--install")
     if available:
-        assert "torchmetrics 0.1 is older than 1.3: installing" in result.stdout, result.stderr
+        assert result.returncode == 0, result.stderr
+        assert "torchmetrics 0.1 is older than 1.3: installing" in result.stdout
+        assert outputs(place.notebook) == "imported\n"
     else:
         assert result.returncode == 3 and "Installing failed" in result.stderr
+        assert place.notebook.read_bytes() == before
