@@ -2274,6 +2274,15 @@ class Runner:
                 extra[project.dataset_parameter] = self.relative(
                     place / Path(str(parameters[project.dataset_parameter])).name
                 )
+            for name in project.output_parameters:
+                if (
+                    name in overrides
+                    and (folder / str(overrides[name])).resolve() == (folder / str(parameters[name])).resolve()
+                ):
+                    raise Failure(
+                        Exit.USAGE,
+                        f"-p {name}: that is the notebook's own folder, which a run with overrides never writes to.",
+                    )
             overrides = {**extra, **overrides}
         if kind == "images":
             overrides = {**overrides, **self.image_overrides(parameters, place)}
@@ -2816,7 +2825,8 @@ def main(arguments: list[str] | None = None) -> int:
             if signum == getattr(signal, "SIGHUP", None)
             else Exit.INTERRUPT
         )
-        sentence = f"Ended by {signal.Signals(signum).name}; run it again to go on, finished epochs are kept."
+        how = " without --fresh" if options.fresh else ""
+        sentence = f"Ended by {signal.Signals(signum).name}; run it again{how} to go on, finished epochs are kept."
     except OSError as error:
         code, sentence = Exit.STORAGE, f"{error.strerror or error}: {error.filename or 'no file named'}."
     except Exception as error:

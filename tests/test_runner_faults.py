@@ -302,6 +302,9 @@ FAULTS = [
     Fault("no-equals-sign", 2, r"write it as NAME=VALUE", arguments=("-p", "COUNT")),
     Fault("no-parameters-cell", 2, r"no cell tagged 'parameters'", cells=("print(1)",), arguments=("-p", "COUNT=4")),
     Fault("override-in-place", 2, r"never published in place", arguments=("-p", "COUNT=4", "--output", "study.ipynb")),
+    Fault(
+        "override-own-checkpoints", 2, r"the notebook's own folder", arguments=("-p", "CHECKPOINT_DIR=./checkpoints")
+    ),
     Fault("output-no-notebook", 2, r"ends in \.ipynb", arguments=("--output", "page.html")),
     Fault("unknown-option", 2, r"unrecognized arguments: --fast", arguments=("--fast",)),
     Fault(
