@@ -1,0 +1,287 @@
+#!/usr/bin/env python3
+"""Ours and torchvision's ssd300_vgg16 side by side: the same weights, images, threads, thresholds and top-k.
+
+    python benchmarks/compare.py --dataset BCCD_Dataset [--repeats 7] [--threads 2] [--device cpu]
+
+Both run in one process, in turn, after a warm-up; the detections are first asserted to agree. Prints, for each row, the
+medians, the ratio ours / torchvision pair by pair with its quartiles, and a floor from the
+machine's measured matrix product. Weights come from checkpoints/best_model.pth.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+import torch
+from torchvision import transforms
+from torchvision.io import decode_jpeg, read_file
+from torchvision.models.detection import ssd300_vgg16
+from torchvision.transforms import v2
+from torchvision.tv_tensors import BoundingBoxes
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+from conftest import load_definitions  # noqa: E402
+
+GFLOP_FORWARD = 62.0  # one image through SSD300, a multiply-add counted as two
+
+
+def torchvision_twin(nb, model, **options):
+    """torchvision's SSD300 with the weights and the priors of `model` (N outputs agree to rounding)."""
+    twin = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=model.num_classes, **options)
+    heads = [*twin.head.regression_head.parameters(), *twin.head.classification_head.parameters()]
+    theirs = [*twin.backbone.parameters(), *heads]
+    named = [*model.named_parameters()]
+    named.sort(key=lambda item: item[0].startswith("loc.") + 2 * item[0].startswith("conf."))
+    with torch.no_grad():
+        for target, (_, source) in zip(theirs, named, strict=True):
+            target.copy_(source.view_as(target))
+    start = 0
+    for level, cells in enumerate(nb.FEATURE_MAPS):  # the priors are configuration, not code: give it ours
+        count = 2 + 2 * len(nb.PRIOR_RATIOS[level])
+        twin.anchor_generator._wh_pairs[level] = model.priors[start : start + count, 2:].clone().cpu()
+        start += cells * cells * count
+    twin.anchor_generator.clip = False
+    twin.score_thresh, twin.nms_thresh, twin.detections_per_img = nb.MIN_SCORE, nb.MAX_OVERLAP, nb.TOP_K
+    twin.topk_candidates = nb.MAX_CANDIDATES
+    return twin
+
+
+def paired(ours, theirs, repeats, device):
+    """Seconds of both, in turn: two lists."""
+
+    def clock(function):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    clock(ours), clock(theirs)
+    pairs = [(clock(ours), clock(theirs)) for _ in range(repeats)]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def row(name, ours, theirs, goal):
+    """One line of the table: medians in ms, the median ratio and its quartiles."""
+    ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
+    low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
+    middle = statistics.median(ratios)
+    a, b = statistics.median(ours) * 1000, statistics.median(theirs) * 1000
+    print(f"| {name} | {a:.1f} | {b:.1f} | {middle:.2f} [{low:.2f}, {high:.2f}] | {goal} |", flush=True)
+
+
+def targets_of(boxes, labels, size):
+    """Padded boxes in [0, 1] as torchvision wants them: a list of dicts in pixels."""
+    return [{"boxes": b[c > 0] * size, "labels": c[c > 0]} for b, c in zip(boxes, labels, strict=True)]
+
+
+def training_rows(nb, model, batch, repeats, device):
+    """Whole steps: default settings of each; the same layers trained and the same float32 arithmetic in both."""
+    images, boxes, labels = batch
+    for name, precision, layers, goal in (
+        ("training step, batch 8, defaults of each", None, 4, "0.6 / 0.5"),
+        ("training step, batch 8, same layers, both float32", torch.float32, 2, "0.9 / 0.7"),
+    ):
+        run = nb.Run(
+            nb.SSD300(model.num_classes, model.priors.clone()), 1, precision or nb.pick_precision(device), device
+        )
+        run.model.load_state_dict(model.state_dict())
+        for layer in [m for m in run.model.vgg if isinstance(m, torch.nn.Conv2d)][:7]:
+            layer.requires_grad_(False)
+        run.trained = [p for p in run.model.parameters() if p.requires_grad]
+        run.optimizer = nb.make_optimizer(run.model)
+        twin = torchvision_twin(nb, model).to(device).train()
+        for index, parameter in enumerate(twin.backbone.features.parameters()):
+            parameter.requires_grad_(layers == 4 and index >= 4 or index >= 14)
+        optimizer = torch.optim.SGD(
+            [p for p in twin.parameters() if p.requires_grad], lr=1e-4, momentum=0.9, weight_decay=5e-4
+        )
+        given = [image for image in images / 255]
+        wanted = targets_of(boxes, labels, 300)
+
+        def ours(run=run):
+            nb.optimisation_step(run, images, boxes, labels)
+
+        def theirs(twin=twin, optimizer=optimizer, given=given, wanted=wanted):
+            optimizer.zero_grad(set_to_none=True)
+            sum(twin(given, wanted).values()).backward()
+            optimizer.step()
+
+        row(name, *paired(ours, theirs, repeats, device), goal)
+
+
+def loss_row(nb, model, split, repeats, device):
+    """Matching and loss with gradients, batch 32, from the same outputs."""
+    _, boxes, labels = nb.SmearDataset(split).batch(range(32), device)
+    locs = torch.randn(32, 8732, 4, device=device, requires_grad=True)
+    scores = torch.randn(32, 8732, model.num_classes, device=device, requires_grad=True)
+    criterion = nb.MultiBoxLoss(model.priors)
+    twin = torchvision_twin(nb, model).to(device)
+    wanted = targets_of(boxes, labels, 300)
+    anchors = [nb.cxcywh_to_xyxy(model.priors) * 300] * 32
+
+    def ours():
+        sum(criterion(locs, scores, boxes, labels).values()).backward()
+
+    def theirs():
+        matched = []
+        for anchor, target in zip(anchors, wanted, strict=True):
+            quality = nb.ops.box_iou(target["boxes"], anchor)
+            matched.append(twin.proposal_matcher(quality))
+        losses = twin.compute_loss(wanted, {"bbox_regression": locs, "cls_logits": scores}, anchors, matched)
+        sum(losses.values()).backward()
+
+    row("matching and loss, batch 32", *paired(ours, theirs, repeats, device), "0.5 / 0.25")
+
+
+def detection_rows(nb, model, split, repeats, device):
+    """Decoding and NMS alone; file to boxes for one image and for eight. First: do the detections agree?"""
+    twin = torchvision_twin(nb, model).to(device).eval()
+    files = [str(split.root / "JPEGImages" / f"{image_id}.jpg") for image_id in split.ids[:8]]
+    small = torch.stack([nb.squeeze(split.image(i), 300) for i in range(8)]).float().to(device)
+    with torch.no_grad():
+        locs, scores = model(nb.normalize(small))
+        outputs = {"bbox_regression": locs, "cls_logits": scores}
+        anchors = [nb.cxcywh_to_xyxy(model.priors) * 300] * 8
+        boxes = nb.decode(locs, model.priors).clamp(0, 1)
+        limits = nb.MIN_SCORE, nb.MAX_OVERLAP, nb.TOP_K
+        found = [nb.select_detections(b, s, *limits) for b, s in zip(boxes, scores.softmax(-1), strict=True)]
+        expected = twin(list(small / 255))
+        for mine, other in zip(found, expected, strict=True):
+            n = min(len(mine["scores"]), len(other["scores"]), 100)
+            assert torch.allclose(mine["scores"][:n], other["scores"][:n], atol=1e-4), "scores differ"
+            assert torch.allclose(mine["boxes"][:n] * 300, other["boxes"][:n], atol=0.1), "boxes differ"
+    print("| detections agree: scores to 1e-4, boxes to 0.1 pixel | | | | |")
+
+    @torch.no_grad()
+    def ours():
+        boxes, probabilities = nb.decode(locs, model.priors).clamp(0, 1), scores.softmax(-1)
+        [
+            nb.select_detections(b, s, nb.MIN_SCORE, nb.MAX_OVERLAP, nb.TOP_K)
+            for b, s in zip(boxes, probabilities, strict=True)
+        ]
+
+    @torch.no_grad()
+    def theirs():
+        twin.postprocess_detections(outputs, anchors, [(300, 300)] * 8)
+
+    row("decoding and NMS, batch 8", *paired(ours, theirs, repeats, device), "0.5 / 0.25")
+    for count, goal in ((1, "0.85"), (8, "0.85 / 0.3")):
+
+        def ours(count=count):
+            nb.detect(model, [nb.read_image(path) for path in files[:count]])
+
+        @torch.no_grad()
+        def theirs(count=count):
+            twin([decode_jpeg(read_file(path)).to(device) / 255 for path in files[:count]])
+
+        row(f"file to boxes, batch {count}, eager float32", *paired(ours, theirs, repeats, device), goal)
+
+
+def pipeline_row(nb, split, repeats, device):
+    """Decoded images to augmented batches of 8; torchvision's reference recipe for SSD."""
+    data = nb.SmearDataset(split, nb.WORKING_SIZE)
+    generator = torch.Generator().manual_seed(0)
+    steps = [v2.ToImage(), v2.RandomPhotometricDistort(), v2.RandomZoomOut(), v2.RandomIoUCrop()]
+    steps += [v2.RandomHorizontalFlip(), v2.Resize((300, 300)), v2.ToDtype(torch.float32, scale=True)]
+    recipe = v2.Compose([*steps, v2.SanitizeBoundingBoxes()])
+
+    def ours():
+        nb.augment(*data.batch(range(8), device), generator)
+
+    def theirs():
+        items = []
+        for index in range(8):
+            image, boxes, labels = split[index]
+            boxes = BoundingBoxes(boxes, format="XYXY", canvas_size=image.shape[:2])
+            items.append(recipe(transforms.functional.to_pil_image(image), {"boxes": boxes, "labels": labels}))
+
+    row("input pipeline with augmentation, 8 images", *paired(ours, theirs, repeats, device), "0.33")
+
+
+def memory_row(arguments):
+    """Peak memory of a process that does three training steps of the defaults."""
+    peaks = []
+    for side in ("ours", "theirs"):
+        command = [
+            sys.executable,
+            __file__,
+            "--dataset",
+            str(arguments.dataset),
+            "--peak",
+            side,
+            "--device",
+            arguments.device,
+        ]
+        peaks.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]))
+    name = "peak memory of training steps, batch 8 (GB, over an idle process)"
+    print(f"| {name} | {peaks[0]:.2f} | {peaks[1]:.2f} | {peaks[0] / peaks[1]:.2f} | 0.8 |")
+
+
+def peak(nb, model, batch, side, device):
+    """Print the peak memory in GB that three steps of one side add."""
+    before = nb.peak_memory_gb(device)
+    images, boxes, labels = batch
+    if side == "ours":
+        run = nb.Run(model, 1, nb.pick_precision(device), device)
+        for layer in [m for m in run.model.vgg if isinstance(m, torch.nn.Conv2d)][:7]:
+            layer.requires_grad_(False)
+        run.trained = [p for p in run.model.parameters() if p.requires_grad]
+        run.optimizer = nb.make_optimizer(run.model)
+        for _ in range(3):
+            nb.optimisation_step(run, images, boxes, labels)
+    else:
+        twin = torchvision_twin(nb, model).to(device).train()
+        for index, parameter in enumerate(twin.backbone.features.parameters()):
+            parameter.requires_grad_(index >= 4)
+        optimizer = torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], lr=1e-4, momentum=0.9)
+        for _ in range(3):
+            optimizer.zero_grad(set_to_none=True)
+            sum(twin(list(images / 255), targets_of(boxes, labels, 300)).values()).backward()
+            optimizer.step()
+    print(nb.peak_memory_gb(device) - before)
+
+
+def main():
+    """Run the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default=os.environ.get("BCCD_DATASET", "BCCD_Dataset"))
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--peak", choices=("ours", "theirs"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    sys.stdout, kept = open(os.devnull, "w"), sys.stdout
+    nb = load_definitions()
+    sys.stdout = kept
+    model, _ = nb.load_detector(ROOT / "checkpoints" / "best_model.pth", device)
+    split = nb.SmearSplit(nb.dataset_root(arguments.dataset), "val")
+    images, boxes, labels = nb.SmearDataset(split).batch(range(8), device)
+    batch = images.float(), boxes, labels
+    if arguments.peak:
+        return peak(nb, model, batch, arguments.peak, device)
+    a = torch.randn(2048, 2048, device=device)
+    best = min(paired(lambda: a @ a, lambda: a @ a, 5, device)[0])
+    rate = 2 * 2048**3 / best / 1e9
+    print(f"{nb.device_name(device)}, torch {torch.__version__.split('+')[0]}, matrix product {rate:.0f} GFLOP/s;")
+    print(f"floor of a forward pass {GFLOP_FORWARD / rate * 1000:.0f} ms an image\n")
+    print("| what | ours, ms | torchvision, ms | ratio [quartiles] | goal (CPU / CUDA) |\n|---|---|---|---|---|")
+    detection_rows(nb, model, split, arguments.repeats, device)
+    loss_row(nb, model, split, arguments.repeats, device)
+    pipeline_row(nb, split, arguments.repeats, device)
+    training_rows(nb, model, batch, arguments.repeats, device)
+    memory_row(arguments)
+
+
+if __name__ == "__main__":
+    main()
