@@ -1,5 +1,8 @@
 """Detection: torchvision's post-processing on the same head outputs, any image size, and images without a cell."""
 
+import json
+
+import golden
 import numpy as np
 import pytest
 import torch
@@ -123,3 +126,37 @@ def test_the_default_boxes_of_torchvision_are_served_too(nb):
     found = nb.detect(Fixed(priors, torch.zeros(8732, 4), scores), [picture(300, 300)])[0]
     assert found["labels"].tolist() == [2]
     assert torch.allclose(found["boxes"], boxes[5000:5001].clamp(0, 300), atol=1e-3)
+
+
+def test_the_committed_detector_finds_what_it_found(nb, bccd_root):
+    """15 validation images: every stored detection is there again, and no sure one is new."""
+    stored, found = json.loads(golden.GOLDEN.read_text(encoding="utf-8")), golden.detections(nb, bccd_root)
+    assert set(stored) == set(found) and len(stored) == 15
+    assert sum(map(len, stored.values())) > 100
+
+    def missing(some, others, least):
+        others = torch.tensor(others).reshape(-1, 6)
+        for label, score, *box in some:
+            if score >= least:
+                same = (others[:, 0] == label) & ((others[:, 1] - score).abs() < 0.02)
+                if not (ops.box_iou(torch.tensor([box]), others[:, 2:])[0][same] > 0.95).any():
+                    yield label, score, box
+
+    for name in stored:
+        assert not list(missing(stored[name], found[name], golden.LEAST + 0.03)), name
+        assert not list(missing(found[name], stored[name], golden.LEAST + 0.03)), name
+
+
+def test_the_committed_detector_fits_what_people_boxed(nb, bccd_root):
+    """Of the boxes of 15 validation images most are found: the stored detections are those of a detector that works."""
+    split = nb.SmearSplit(nb.dataset_root(bccd_root), "val")
+    stored = json.loads(golden.GOLDEN.read_text(encoding="utf-8"))
+    hits = total = 0
+    for name, rows in stored.items():
+        index = split.ids.index(name)
+        found = torch.tensor(rows).reshape(-1, 6)
+        for box, label in zip(split.boxes[index], split.labels[index], strict=True):
+            same = found[found[:, 0] == label][:, 2:]
+            hits += bool((ops.box_iou(box[None], same) >= 0.5).any())
+            total += 1
+    assert hits / total > 0.9

@@ -1,0 +1,37 @@
+"""Writes tests/golden_detections.json: what the committed detector finds on 15 validation images.
+
+    BCCD_DATASET=... python tests/golden.py
+
+To be run only when checkpoints/best_model.pth was trained anew; tests/test_detect.py compares with it.
+"""
+
+import json
+import os
+from pathlib import Path
+
+GOLDEN = Path(__file__).with_name("golden_detections.json")
+NUMBER, LEAST = 15, 0.3
+
+
+def detections(nb, bccd_root):
+    """{image id: [[label, score, x0, y0, x1, y1], ...]} with scores of LEAST or more, best first."""
+    split = nb.SmearSplit(nb.dataset_root(bccd_root), "val")
+    model, _ = nb.load_detector(Path(__file__).parent.parent / "checkpoints" / "best_model.pth")
+    rows = [round(i * (len(split) - 1) / (NUMBER - 1)) for i in range(NUMBER)]
+    found = nb.detect(model, [split.image(row) for row in rows], min_score=LEAST)
+    return {
+        split.ids[row]: [
+            [label, round(score, 4), *(round(side, 1) for side in box)]
+            for label, score, box in zip(*(one[k].tolist() for k in ("labels", "scores", "boxes")), strict=True)
+        ]
+        for row, one in zip(rows, found, strict=True)
+    }
+
+
+if __name__ == "__main__":
+    from conftest import load_definitions
+
+    content = detections(load_definitions(), os.environ["BCCD_DATASET"])
+    lines = ",\n".join(f'"{name}": {json.dumps(rows)}' for name, rows in content.items())
+    GOLDEN.write_text("{\n" + lines + "\n}\n", encoding="utf-8")
+    print(f"{sum(map(len, content.values()))} detections on {len(content)} images in {GOLDEN.name}")

@@ -1,0 +1,101 @@
+"""README.md and README.ru.md: every result they state is the one in checkpoints/metrics.json.
+
+A number that comes from metrics.json is followed by a comment with its path there: `0.912<!--m:test.map50-->`. Dots
+separate keys, whole numbers index lists, a key that holds a dot stands in double quotes.
+"""
+
+import json
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+READMES = {"README.md": "Results", "README.ru.md": "Результаты"}
+MARKED = re.compile(r"(?P<number>[-−]?\d+(?:[.,]\d+)?)(?P<percent>\s?%)?\**<!--\s*m:(?P<path>[^>]+?)\s*-->")
+# in a table of results: a decimal number or a percentage that no comment follows
+UNMARKED = re.compile(r"(?<![\w.,@:\[])\d+(?:[.,]\d+\s?%?|\s?%)(?![\w.,:\]])(?!\**<!--)")
+
+
+def text(name):
+    path = ROOT / name
+    assert path.is_file(), f"{name} is missing"
+    return path.read_text(encoding="utf-8")
+
+
+def lookup(metrics, path):
+    """The value at a dotted path."""
+    for key in re.findall(r'"[^"]*"|[^.]+', path):
+        key = key.strip('"')
+        metrics = metrics[int(key)] if isinstance(metrics, list) else metrics[key]
+    return metrics
+
+
+def section(body, heading):
+    """From a heading that starts with `heading` to the next of the same or a higher level."""
+    found = re.search(rf"^(#+)\s+{heading}[^\n]*\n(.*?)(?=^#{{1,2}}\s|\Z)", body, re.MULTILINE | re.DOTALL)
+    assert found, f"no section {heading!r}"
+    return found[2]
+
+
+@pytest.fixture(scope="module")
+def metrics():
+    return json.loads((ROOT / "checkpoints" / "metrics.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_numbers_are_those_of_metrics_json(name, metrics):
+    found = list(MARKED.finditer(text(name)))
+    assert len(found) >= 5
+    for one in found:
+        try:
+            value = lookup(metrics, one["path"])
+        except (KeyError, IndexError, ValueError, TypeError):
+            pytest.fail(f"{name}: metrics.json has no {one['path']}")
+        shown = one["number"].replace(",", ".").replace("−", "-")
+        decimals = len(shown.partition(".")[2])
+        wanted = f"{value * (100 if one['percent'] else 1):.{decimals}f}"
+        assert shown == wanted, f"{name}: {one[0]} but metrics.json has {value}"
+
+
+@pytest.mark.parametrize(("name", "heading"), READMES.items())
+def test_every_number_of_the_result_tables_is_checked(name, heading):
+    for line in section(text(name), heading).splitlines():
+        if line.lstrip().startswith("|"):
+            loose = UNMARKED.findall(re.sub(r"`[^`]*`|\([^)]*://[^)]*\)", "", line))
+            assert not loose, f"{name}: {loose} in {line!r} name no value of metrics.json"
+
+
+def test_both_languages_state_the_same():
+    english, russian = ({one["path"] for one in MARKED.finditer(text(name))} for name in READMES)
+    assert english == russian
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_what_it_points_to_exists(name):
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)|(?:src|href)=\"([^\"#]+)\"", text(name)):
+        path = (target[0] or target[1]).split("#")[0]
+        if "://" not in path and not path.startswith("mailto:"):
+            assert (ROOT / path).exists(), f"{name} points to {path}"
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_options_that_it_names_exist(name):
+    """Every option in a command of the runner or of synthetic_bccd.py is one that the script has."""
+    sources = {script: (ROOT / script).read_text() for script in ("execute_ssd_notebook.py", "synthetic_bccd.py")}
+    seen = 0
+    for line in text(name).splitlines():
+        for script, source in sources.items():
+            if f"python {script}" in line or f"uv run {script}" in line:
+                command = line.split(script, 1)[1].split("#")[0].split("`")[0].split("|")[0]
+                for word in shlex.split(command, posix=False):
+                    if word.startswith("-"):
+                        seen += 1
+                        assert f'"{word.split("=")[0]}"' in source, f"{name}: {script} has no {word}"
+    assert seen
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_test_command_is_the_one_that_ci_runs(name):
+    assert "python -m pytest" in text(name)
+    assert "python -m pytest" in (ROOT / ".ci" / "run").read_text()
