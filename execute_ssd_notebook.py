@@ -183,7 +183,7 @@ COVERAGE = 90.0  # percent of the code cells that must have outputs
 SIZE_LIMIT, SIZE_WARNING = 5_000_000, 2_000_000  # bytes of the notebook file
 SAVE_SECONDS = 30.0  # a long cell is saved this often
 FETCH_TRIES = 3
-OUTPUT_LIMIT = 32_000_000  # characters of text in one cell
+OUTPUT_LIMIT = 8_000_000  # characters of text in one cell: more than a whole page may have
 ARCHIVE_LIMIT = 4_000_000_000  # bytes that an archive may unpack to
 STAMP = "ssd_runner"  # key in the notebook's metadata
 INJECTED = "injected-parameters"  # papermill's tag
@@ -198,7 +198,7 @@ METADATA = {  # as Jupyter writes it, without the version of one machine's Pytho
         "pygments_lexer": "ipython3",
     },
 }
-INTERRUPT_SECONDS = 8.0  # a cell may take this long to end after an interrupt
+INTERRUPT_SECONDS = 6.0  # a cell may take this long to end after an interrupt
 
 
 class Exit(IntEnum):
@@ -1722,6 +1722,8 @@ class Execution:
                 self.set_fault(
                     Failure(Exit.CELL, f"{self.where()} printed over {megabytes(OUTPUT_LIMIT)}: make it print less.")
                 )
+            if self.characters > OUTPUT_LIMIT:
+                return
             *lines, self.pending = (self.pending + text[-100_000:]).split("\n")
             self.pending = self.pending[-10_000:]
             for line in lines:

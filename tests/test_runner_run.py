@@ -178,12 +178,12 @@ def test_plain_lines_of_a_long_cell(place):
     place.write(
         "print('quick one')",
         "## 10. Training",
-        "import time\nfor i in range(12):\n    print('epoch', i, flush=True)\n    time.sleep(0.4)",
+        "import time\nfor i in range(8):\n    print('epoch', i, flush=True)\n    time.sleep(0.5)",
     )
     result = place.run()
     assert result.returncode == 0, result.stderr
     assert "quick one" not in result.stdout
-    assert re.search(r"^    epoch 11$", result.stdout, re.M)
+    assert re.search(r"^    epoch 7$", result.stdout, re.M)
     assert re.search(r"^  \[2/2\] 10\. Training: \d\.\d s, 1 output$", result.stdout, re.M)
 
 
