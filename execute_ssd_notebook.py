@@ -1722,7 +1722,8 @@ class Execution:
                 self.set_fault(
                     Failure(Exit.CELL, f"{self.where()} printed over {megabytes(OUTPUT_LIMIT)}: make it print less.")
                 )
-            if self.characters > OUTPUT_LIMIT:
+            if self.characters > OUTPUT_LIMIT:  # what is over is not kept
+                msg["content"]["text"] = text[: max(0, len(text) - (self.characters - OUTPUT_LIMIT))]
                 return
             *lines, self.pending = (self.pending + text[-100_000:]).split("\n")
             self.pending = self.pending[-10_000:]
@@ -2067,7 +2068,7 @@ def make_executor(execution: Execution) -> Any:
                 and not self.clear_before_next_output
                 and not self.output_hook_stack[msg["parent_header"].get("msg_id")]
             ):
-                if len(outs[-1]["text"]) < OUTPUT_LIMIT:
+                if msg["content"]["text"]:
                     outs[-1]["text"] += msg["content"]["text"]
                 return outs[-1]
             return super().output(outs, msg, display_id, cell_index)
