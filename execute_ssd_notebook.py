@@ -805,14 +805,17 @@ def unrenderable(output: Any) -> str:
     return ""
 
 
-def check_notebook(notebook: Any, size: int, folders: tuple[str, ...] = (), draft: bool = False) -> list[Check]:
+def check_notebook(
+    notebook: Any, size: int, folders: tuple[str, ...] = (), draft: bool = False, paths: str = "failure"
+) -> list[Check]:
     """The user's checklist and what a published page needs besides.
 
     Args:
         notebook: the notebook.
         size: bytes of its file.
-        folders: folders of this machine that no output may name.
+        folders: folders of this machine that no output should name.
         draft: a page that stays on this machine: coverage and machine paths only warn.
+        paths: verdict for an output that names a folder of this machine.
 
     Returns:
         One `Check` a line; the page passes if none has the verdict ``failure``.
@@ -907,9 +910,7 @@ def check_notebook(notebook: Any, size: int, folders: tuple[str, ...] = (), draf
                     kind.append(f"{hit!r} in code cell {numbers[index]}")
                     break
     if named:
-        checks.append(
-            Check("no paths of one machine", "warning" if draft else "failure", one_line("; ".join(named), 160))
-        )
+        checks.append(Check("no paths of one machine", "warning" if draft else paths, one_line("; ".join(named), 160)))
     elif warned:
         checks.append(Check("no paths of one machine", "warning", one_line("; ".join(warned), 160) + " (in warnings)"))
     else:
@@ -2626,7 +2627,8 @@ class Runner:
             nbformat.validate(result)
         except nbformat.ValidationError as error:
             raise Failure(Exit.VALIDATION, f"The result is no valid notebook: {one_line(error, 120)}.") from None
-        checks = check_notebook(result, len(content), machine_folders(plan.folder), plan.draft)
+        # a path in an output is no reason to throw hours of work away; --check is stricter
+        checks = check_notebook(result, len(content), machine_folders(plan.folder), plan.draft, paths="warning")
         self.verdict(checks, plan.target)
         self.step("6 publish")
         if plan.target == plan.source:
