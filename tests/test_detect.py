@@ -36,7 +36,7 @@ def test_equal_torchvision_postprocessing(nb, seed, size):
     locs = torch.randn(8732, 4, generator=g)
     scores = torch.randn(8732, 4, generator=g) * 2 + torch.tensor([5.0, 0, 0, 0])
     priors = nb.create_prior_boxes()
-    found = nb.detect(Fixed(priors, locs, scores), [picture(*size)])[0]
+    found = nb.detect(Fixed(priors, locs, scores), [picture(*size)], vote_overlap=1.0)[0]
     reference = ssd300_vgg16(
         weights=None,
         weights_backbone=None,
@@ -80,10 +80,10 @@ def test_boxes_come_back_in_the_pixels_of_the_image(nb, size):
 def test_best_first_and_no_more_than_asked(nb):
     g = torch.Generator().manual_seed(1)
     model = Fixed(nb.create_prior_boxes(), torch.randn(8732, 4, generator=g), torch.randn(8732, 4, generator=g) * 2)
-    full = nb.detect(model, [picture(64, 64)])[0]
+    full = nb.detect(model, [picture(64, 64)], vote_overlap=1.0)[0]
     assert len(full["scores"]) == 200 and (full["scores"].diff() <= 0).all()
     assert full["scores"].min() > 0.01
-    few = nb.detect(model, [picture(64, 64)], top_k=7)[0]
+    few = nb.detect(model, [picture(64, 64)], top_k=7, vote_overlap=1.0)[0]
     assert all(torch.equal(few[key], full[key][:7]) for key in ("boxes", "labels", "scores"))
     sure = nb.detect(model, [picture(64, 64)], min_score=0.8, top_k=10**6)[0]
     assert len(sure["scores"]) == 0 or sure["scores"].min() > 0.8
@@ -91,6 +91,24 @@ def test_best_first_and_no_more_than_asked(nb):
         mine = full["boxes"][full["labels"] == label]
         iou = ops.box_iou(mine, mine).fill_diagonal_(0)
         assert iou.numel() == 0 or iou.max() <= 0.45 + 1e-5
+
+
+def test_voting_moves_each_box_to_the_mean_of_those_near_it(nb):
+    """Box voting as a loop: same kept boxes, labels and scores; each box the mean of its neighbours by score."""
+    g = torch.Generator().manual_seed(4)
+    low = torch.rand(60, 2, generator=g) * 0.15
+    boxes = torch.cat([low, low + 0.5 + 0.1 * torch.rand(60, 2, generator=g)], 1)
+    scores = torch.rand(60, 3, generator=g)
+    plain = nb.select_detections(boxes, scores, 0.1, 0.45, 200)
+    voted = nb.select_detections(boxes, scores, 0.1, 0.45, 200, 0.7)
+    assert 0 < len(plain["boxes"]) < 30
+    assert torch.equal(plain["labels"], voted["labels"]) and torch.equal(plain["scores"], voted["scores"])
+    for box, new, label in zip(plain["boxes"], voted["boxes"], plain["labels"].tolist(), strict=True):
+        total, weight = torch.zeros(4), 0.0
+        for other, score in zip(boxes, scores[:, label].tolist(), strict=True):
+            if score > 0.1 and ops.box_iou(box[None], other[None]).item() >= 0.7:
+                total, weight = total + score * other, weight + score
+        assert torch.allclose(new, total / weight, atol=1e-5)
 
 
 def test_nothing_found_is_an_empty_answer_of_the_right_shape(nb):
