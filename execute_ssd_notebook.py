@@ -1703,7 +1703,8 @@ class Execution:
         self.save()
         if self.pending and not self.console.tty and now - self.cell_started > 3:
             self.console.line("    " + one_line(self.pending, 160))
-        if not self.console.tty:
+        quick = "define" in tags(cell) and self.seconds[cell_index] < 1  # definitions: nothing to tell
+        if not self.console.tty and not quick:
             number = self.numbers[cell_index]
             outputs = plural(count_outputs(cell), "output")
             self.console.line(
