@@ -143,9 +143,12 @@ def _stain_wbc(rng, blob, depth, rho, blur, xs, ys):
 
 
 def _stain_platelet(rng, blob, depth, rho, blur):
-    texture = np.clip(1 + 0.3 * _smooth_noise(rng, *depth.shape, grain=5), 0.3, 1.7)
-    core = _soft(depth, blur) * (0.75 + 0.45 * np.clip(1 - rho, 0, 1))
-    return rng.uniform(0.7, 1.2) * (core * texture)[..., None] * PLATELET_STAIN
+    """A small cloud without a sharp rim, purple to blue, that fades out at its outline."""
+    texture = np.clip(1 + 0.12 * _smooth_noise(rng, *depth.shape, grain=6), 0.5, 1.5)
+    cloud = 0.5 * (1 + np.tanh((rng.uniform(0.62, 0.72) - rho) / rng.uniform(0.2, 0.3)))
+    colour = PLATELET_STAIN * np.array([1.0, rng.uniform(0.7, 1.05), rng.uniform(0.2, 1.5)])
+    cloud *= _soft(depth + 1, 1.5)  # nothing beyond the outline
+    return rng.uniform(0.75, 1.3) * (cloud * texture)[..., None] * colour
 
 
 # --------------------------------------------------------------------------------------------------------------
