@@ -1652,6 +1652,15 @@ def foreign_kernel(notebook: Any) -> str:
     return "" if same else f"the kernel {name!r} belongs to {program}"
 
 
+def memory_guard_kills() -> int | None:
+    """How many processes the system's memory guard has killed since it started; None where it keeps no such count."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return None
+
+
 class Execution:
     """One run of the notebook in one kernel, with everything that is watched meanwhile."""
 
@@ -1680,6 +1689,7 @@ class Execution:
         self.interrupting: asyncio.Task | None = None
         self.characters = 0
         self.log = Path()
+        self.guard_kills = memory_guard_kills()
 
     # -- what the executor calls
 
@@ -1961,7 +1971,10 @@ class Execution:
                 lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
                 fatal = [line for line in lines if re.search(r"error|fatal|abort|exception", line, re.I)]
                 reason = one_line(fatal[-1], 120) if fatal else ""
-        return KernelDied(self.current, code, killed, reason)
+        # where the system counts the kills of its memory guard, a SIGKILL without one came from somebody else
+        kills = memory_guard_kills()
+        memory = killed and (kills is None or kills != self.guard_kills)
+        return KernelDied(self.current, code, memory, reason)
 
     def cell_failure(self, error: Any) -> BaseException:
         """The failure of a cell, or a memory fault that a smaller batch may cure."""
@@ -2540,6 +2553,7 @@ class Runner:
         if self.options.fresh:
             env[project.training_variable] = "fresh"
         timings = self.load_timings()
+        killed: int | None = 0
         for attempt in range(plan.retries + 1):
             notebook = copy.deepcopy(base)
             self.execution = execution = Execution(plan, notebook, console, timings)
@@ -2551,7 +2565,10 @@ class Runner:
                 if attempt == plan.retries:
                     tries = f" after {plural(plan.retries, 'restart')}" if plan.retries else ""
                     raise Failure(Exit.KERNEL, f"{what}{tries}; look at the last output.") from None
-                if death.memory and project.divisor_variable:
+                # a smaller batch changes the result's last bits: for a lack of memory only, or a second kill in a row
+                killed_again = killed and death.code == killed
+                killed = death.code if death.code == -getattr(signal, "SIGKILL", 9) else 0
+                if (death.memory or killed_again) and project.divisor_variable:
                     divisor = env.get(project.divisor_variable, "1")
                     divisor = int(divisor) if divisor.isdigit() and int(divisor) > 0 else 1
                     env[project.divisor_variable] = str(min(project.divisor_limit, divisor * 2))

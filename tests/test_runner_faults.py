@@ -24,6 +24,7 @@ import venv
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from runner_helpers import (
@@ -762,7 +763,7 @@ print('weight', state['weight'].hex(), 'divisor', os.environ.get('SSD_BATCH_DIVI
 @pytest.mark.skipif(not POSIX, reason="SIGKILL")
 @pytest.mark.parametrize("fresh", [(), ("--fresh",)], ids=["auto", "fresh"])
 def test_killed_kernel_resumes_its_own_run(place, fresh):
-    """Two kills; the last epoch's state is that of an undisturbed run, and the divisor has doubled each time."""
+    """Two kills; the last epoch's state is that of an undisturbed run; only the second in a row halves the batch."""
     weight = 1.0
     for epoch in range(1, 7):
         weight = weight * 1.1 + epoch
@@ -770,10 +771,12 @@ def test_killed_kernel_resumes_its_own_run(place, fresh):
     (place.checkpoints / "last.json").write_text(json.dumps({"run": "of another", "epoch": 5, "weight": 0.0}))
     result = place.run(*fresh)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("signal 9; it looks like memory") == 2
+    counted = Path("/proc/vmstat").is_file() and "oom_kill " in Path("/proc/vmstat").read_text()
+    assert result.stdout.count("signal 9") == 2
+    assert result.stdout.count("signal 9; it looks like memory") == (1 if counted else 2)
     text = outputs(place.notebook)
     assert "resumed after epoch 4" in text
-    assert f"weight {weight.hex()} divisor 4" in text
+    assert f"weight {weight.hex()} divisor {2 if counted else 4}" in text
     assert place.kernels() == [] and place.left_over() == []
 
 
