@@ -14,6 +14,7 @@ from conftest import NOTEBOOK, ROOT
 
 from synthetic_bccd import draw_dataset
 
+STAMP = "ssd_runner"  # where a run of the script stamps the sources
 SETTINGS = {"NUM_EPOCHS": "3", "BATCH_SIZE": "2", "PRECISION": '"float32"', "FROZEN_BLOCKS": "5", "SAVE_EVERY": "1"}
 
 
@@ -22,6 +23,7 @@ def up_to_training(folder):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     end = next(i for i, cell in enumerate(notebook.cells) if cell.source.startswith("## 11. "))
     del notebook.cells[end:]
+    notebook.metadata.pop(STAMP)
     cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
     lines = cell.source.splitlines()
     for name, value in SETTINGS.items():

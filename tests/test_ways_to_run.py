@@ -1,0 +1,39 @@
+"""The notebook alone in an empty folder, by plain nbconvert: it fetches its data, trains, and passes --check."""
+
+import json
+import os
+import subprocess
+import sys
+
+import nbformat
+import pytest
+from conftest import ROOT
+from runner_helpers import git_repository
+from test_kill_resume import NOTEBOOK, up_to_training
+
+from synthetic_bccd import draw_dataset
+
+
+@pytest.mark.timeout(600)
+def test_alone_in_an_empty_folder(tmp_path, vgg_weights):
+    mirror, folder = tmp_path / "mirror", tmp_path / "a folder with spaces, и буквы"
+    draw_dataset(mirror, train=4, val=2, test=2, seed=5)
+    address = git_repository(mirror)
+    folder.mkdir()
+    up_to_training(folder)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("BCCD_", "VGG16_", "SSD_"))}
+    environment |= {"BCCD_URL": address, "VGG16_WEIGHTS": str(vgg_weights)}
+    command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace", NOTEBOOK.name]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    assert (folder / "BCCD_Dataset" / "BCCD" / "Annotations").is_dir()
+    assert (folder / "checkpoints" / "best_model.pth").is_file()
+    cells = [c for c in nbformat.read(folder / NOTEBOOK.name, as_version=4).cells if c.cell_type == "code"]
+    assert all(cell.outputs for cell in cells)
+    assert str(tmp_path) not in json.dumps([cell.outputs for cell in cells])
+    script = ROOT / "execute_ssd_notebook.py"
+    check = [sys.executable, str(script), "--check", str(folder / NOTEBOOK.name)]
+    checked = subprocess.run(check, cwd=folder, env=environment, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert "digest" in checked.stdout
