@@ -18,15 +18,15 @@ STAMP = "ssd_runner"  # where a run of the script stamps the sources
 SETTINGS = {"NUM_EPOCHS": "3", "BATCH_SIZE": "2", "PRECISION": '"float32"', "FROZEN_BLOCKS": "5", "SAVE_EVERY": "1"}
 
 
-def up_to_training(folder):
-    """A copy of the notebook that ends after the training, with a small configuration."""
+def up_to_training(folder, **more):
+    """A copy of the notebook that ends after the training, with a small configuration; `more` are other constants."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     end = next(i for i, cell in enumerate(notebook.cells) if cell.source.startswith("## 11. "))
     del notebook.cells[end:]
     notebook.metadata.pop(STAMP)
     cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
     lines = cell.source.splitlines()
-    for name, value in SETTINGS.items():
+    for name, value in {**SETTINGS, **more}.items():
         (row,) = (i for i, line in enumerate(lines) if line.startswith(f"{name} = "))
         lines[row] = f"{name} = {value}"
     cell.source = "\n".join(lines)
