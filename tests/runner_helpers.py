@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.server
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -105,9 +106,16 @@ class Place:
         """Starts the script on the notebook."""
         command = [self.python, str(SCRIPT), str(self.notebook), *self.arguments, *arguments]
         kwargs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **kwargs}
+        kwargs |= {"preexec_fn": self.prepare} if os.name == "posix" else {}
         return subprocess.Popen(
-            command, cwd=self.folder, env=self.env, encoding="utf-8", errors="replace", preexec_fn=self.limit, **kwargs
+            command, cwd=self.folder, env=self.env, encoding="utf-8", errors="replace", **kwargs
         )
+
+    def prepare(self) -> None:
+        """In the child: hear the terminal close, also where the tests run under nohup; then the limits."""
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        if self.limit:
+            self.limit()
 
     def run(self, *arguments: str, timeout: float = 90) -> subprocess.CompletedProcess:
         """Runs the script on the notebook to its end."""
