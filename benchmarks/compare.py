@@ -84,38 +84,42 @@ def targets_of(boxes, labels, size):
     return [{"boxes": b[c > 0] * size, "labels": c[c > 0]} for b, c in zip(boxes, labels, strict=True)]
 
 
+def our_step(nb, model, batch, device, dtype):
+    """A function that does one training step of ours, as the notebook's defaults freeze the layers."""
+    copy = nb.SSD300(model.num_classes, model.priors.clone())
+    copy.load_state_dict(model.state_dict())
+    for layer in [m for m in copy.vgg if isinstance(m, torch.nn.Conv2d)][:7]:
+        layer.requires_grad_(False)
+    run = nb.Run(copy, 1, dtype, device)
+    return lambda: nb.optimisation_step(run, *batch)
+
+
+def their_step(nb, model, batch, device, frozen):
+    """A function that does one float32 step of torchvision's; the first `frozen` tensors of VGG are not trained."""
+    images, boxes, labels = batch
+    twin = torchvision_twin(nb, model).to(device).train()
+    for index, parameter in enumerate(twin.backbone.features.parameters()):
+        parameter.requires_grad_(index >= frozen)
+    trained = [p for p in twin.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1e-4, momentum=0.9, weight_decay=5e-4)
+    given, wanted = list(images / 255), targets_of(boxes, labels, 300)
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        sum(twin(given, wanted).values()).backward()
+        optimizer.step()
+
+    return step
+
+
 def training_rows(nb, model, batch, repeats, device):
     """Whole steps: default settings of each; the same layers trained and the same float32 arithmetic in both."""
-    images, boxes, labels = batch
-    for name, precision, layers, goal in (
-        ("training step, batch 8, defaults of each", None, 4, "0.6 / 0.5"),
-        ("training step, batch 8, same layers, both float32", torch.float32, 2, "0.9 / 0.7"),
+    for name, dtype, frozen, goal in (
+        ("training step, batch 8, defaults of each", nb.pick_precision(device), 4, "0.6 / 0.5"),
+        ("training step, batch 8, same layers, both float32", torch.float32, 14, "0.9 / 0.7"),
     ):
-        run = nb.Run(
-            nb.SSD300(model.num_classes, model.priors.clone()), 1, precision or nb.pick_precision(device), device
-        )
-        run.model.load_state_dict(model.state_dict())
-        for layer in [m for m in run.model.vgg if isinstance(m, torch.nn.Conv2d)][:7]:
-            layer.requires_grad_(False)
-        run.trained = [p for p in run.model.parameters() if p.requires_grad]
-        run.optimizer = nb.make_optimizer(run.model)
-        twin = torchvision_twin(nb, model).to(device).train()
-        for index, parameter in enumerate(twin.backbone.features.parameters()):
-            parameter.requires_grad_(layers == 4 and index >= 4 or index >= 14)
-        optimizer = torch.optim.SGD(
-            [p for p in twin.parameters() if p.requires_grad], lr=1e-4, momentum=0.9, weight_decay=5e-4
-        )
-        given = [image for image in images / 255]
-        wanted = targets_of(boxes, labels, 300)
-
-        def ours(run=run):
-            nb.optimisation_step(run, images, boxes, labels)
-
-        def theirs(twin=twin, optimizer=optimizer, given=given, wanted=wanted):
-            optimizer.zero_grad(set_to_none=True)
-            sum(twin(given, wanted).values()).backward()
-            optimizer.step()
-
+        ours = our_step(nb, model, batch, device, dtype)
+        theirs = their_step(nb, model, batch, device, frozen)
         row(name, *paired(ours, theirs, repeats, device), goal)
 
 
@@ -237,24 +241,12 @@ def peak_gb(nb, device):
 
 def peak(nb, model, batch, side, device):
     """Print the peak memory in GB of a process that does three steps of one side."""
-    images, boxes, labels = batch
     if side == "ours":
-        run = nb.Run(model, 1, nb.pick_precision(device), device)
-        for layer in [m for m in run.model.vgg if isinstance(m, torch.nn.Conv2d)][:7]:
-            layer.requires_grad_(False)
-        run.trained = [p for p in run.model.parameters() if p.requires_grad]
-        run.optimizer = nb.make_optimizer(run.model)
-        for _ in range(3):
-            nb.optimisation_step(run, images, boxes, labels)
+        step = our_step(nb, model, batch, device, nb.pick_precision(device))
     else:
-        twin = torchvision_twin(nb, model).to(device).train()
-        for index, parameter in enumerate(twin.backbone.features.parameters()):
-            parameter.requires_grad_(index >= 4)
-        optimizer = torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], lr=1e-4, momentum=0.9)
-        for _ in range(3):
-            optimizer.zero_grad(set_to_none=True)
-            sum(twin(list(images / 255), targets_of(boxes, labels, 300)).values()).backward()
-            optimizer.step()
+        step = their_step(nb, model, batch, device, 4)
+    for _ in range(3):
+        step()
     print(peak_gb(nb, device))
 
 
