@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """Ours and torchvision's ssd300_vgg16 side by side: the same weights, images, threads, thresholds and top-k.
 
-    python benchmarks/compare.py --dataset BCCD_Dataset [--repeats 7] [--threads 2] [--device cpu]
+    python benchmarks/compare.py --dataset BCCD_Dataset [--repeats 7] [--threads 2] [--device cpu] [--profile]
 
 Both run in one process, in turn, after a warm-up; the detections are first asserted to agree. Prints, for each row, the
-medians, the ratio ours / torchvision pair by pair with its quartiles, and a floor from the
-machine's measured matrix product. Weights come from checkpoints/best_model.pth.
+medians, the ratio ours / torchvision pair by pair with its quartiles, and, where convolutions are the work, the floor:
+the floating-point operations that torch counts, at the machine's measured rate in that row's arithmetic, and the share
+of it that ours reaches. --profile prints where the time of a training step, of the loss and of decoding goes. Weights
+come from checkpoints/best_model.pth.
 """
 
 import argparse
@@ -18,6 +20,7 @@ from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from torchvision.io import decode_jpeg, read_file
 from torchvision.models.detection import ssd300_vgg16
@@ -25,10 +28,9 @@ from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT), str(ROOT / "benchmarks")]
 from conftest import load_definitions  # noqa: E402
-
-GFLOP_FORWARD = 62.0  # one image through SSD300, a multiply-add counted as two
+from faster_loss import faster_loss  # noqa: E402
 
 
 def torchvision_twin(nb, model, **options):
@@ -70,13 +72,47 @@ def paired(ours, theirs, repeats, device):
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 
-def row(name, ours, theirs, goal):
-    """One line of the table: medians in ms, the median ratio and its quartiles."""
+def row(name, ours, theirs, goal, floor=None):
+    """One line of the table: medians in ms, the median ratio and its quartiles, the floor (s) and the share reached."""
     ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
     low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
     middle = statistics.median(ratios)
     a, b = statistics.median(ours) * 1000, statistics.median(theirs) * 1000
-    print(f"| {name} | {a:.1f} | {b:.1f} | {middle:.2f} [{low:.2f}, {high:.2f}] | {goal} |", flush=True)
+    reached = f"{floor * 1000:.0f} ms, {floor * 1000 / a:.0%}" if floor else ""
+    print(f"| {name} | {a:.1f} | {b:.1f} | {middle:.2f} [{low:.2f}, {high:.2f}] | {goal} | {reached} |", flush=True)
+
+
+def peak_rate(nb, dtype, device):
+    """The most floating-point operations a second seen here: a large matrix product or one of conv4's convolutions."""
+    a = torch.randn(2048, 2048, device=device, dtype=dtype)
+    product = 2 * 2048**3 / min(paired(lambda: a @ a, lambda: a @ a, 8, device)[0])
+    if device.type != "cpu":
+        return product
+    return max(product, 2 * 4 * 38 * 38 * 256 * 256 * 9 / nb.time_convolution(dtype, 8))
+
+
+def floor_of(nb, function, dtype, device):
+    """Seconds that the counted floating-point operations of a call would take at the machine's measured rate."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops() / peak_rate(nb, dtype, device)
+
+
+def profile(title, function, repeats=3):
+    """Print the ten operators that take most of a call's time on the CPU."""
+    function()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+        for _ in range(repeats):
+            function()
+    events = sorted(trace.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    print(f"\n{title}: {total / repeats / 1000:.1f} ms of operators\n")
+    print("| operator | ms | share |\n|---|---|---|")
+    for event in events[:10]:
+        print(
+            f"| {event.key} | {event.self_cpu_time_total / repeats / 1000:.2f} "
+            f"| {event.self_cpu_time_total / total:.0%} |"
+        )
 
 
 def targets_of(boxes, labels, size):
@@ -120,21 +156,24 @@ def training_rows(nb, model, batch, repeats, device):
     ):
         ours = our_step(nb, model, batch, device, dtype)
         theirs = their_step(nb, model, batch, device, frozen)
-        row(name, *paired(ours, theirs, repeats, device), goal)
+        row(name, *paired(ours, theirs, repeats, device), goal, floor_of(nb, ours, dtype, device))
+
+
+def loss_inputs(nb, model, split, device):
+    """Outputs and targets of a batch of 32: locs, scores, boxes, labels."""
+    _, boxes, labels = nb.SmearDataset(split).batch(range(32), device)
+    torch.manual_seed(0)
+    locs = torch.randn(32, 8732, 4, device=device, requires_grad=True)
+    scores = torch.randn(32, 8732, model.num_classes, device=device, requires_grad=True)
+    return locs, scores, boxes, labels
 
 
 def loss_row(nb, model, split, repeats, device):
     """Matching and loss with gradients, batch 32, from the same outputs."""
-    _, boxes, labels = nb.SmearDataset(split).batch(range(32), device)
-    locs = torch.randn(32, 8732, 4, device=device, requires_grad=True)
-    scores = torch.randn(32, 8732, model.num_classes, device=device, requires_grad=True)
-    criterion = nb.MultiBoxLoss(model.priors)
+    locs, scores, boxes, labels = loss_inputs(nb, model, split, device)
     twin = torchvision_twin(nb, model).to(device)
     wanted = targets_of(boxes, labels, 300)
     anchors = [nb.cxcywh_to_xyxy(model.priors) * 300] * 32
-
-    def ours():
-        sum(criterion(locs, scores, boxes, labels).values()).backward()
 
     def theirs():
         matched = []
@@ -144,7 +183,32 @@ def loss_row(nb, model, split, repeats, device):
         losses = twin.compute_loss(wanted, {"bbox_regression": locs, "cls_logits": scores}, anchors, matched)
         sum(losses.values()).backward()
 
-    row("matching and loss, batch 32", *paired(ours, theirs, repeats, device), "0.5 / 0.25")
+    for name, kind in (
+        ("matching and loss, batch 32", nb.MultiBoxLoss),
+        ("the same, for the next training (faster_loss.py)", faster_loss(nb)),
+    ):
+        criterion = kind(model.priors)
+
+        def ours(criterion=criterion):
+            sum(criterion(locs, scores, boxes, labels).values()).backward()
+
+        row(name, *paired(ours, theirs, repeats, device), "0.5 / 0.25")
+
+
+def profiles(nb, model, split, batch, device):
+    """Where the time of ours goes."""
+    profile("training step, batch 8", our_step(nb, model, batch, device, nb.pick_precision(device)))
+    inputs = loss_inputs(nb, model, split, device)
+    for name, kind in (("", nb.MultiBoxLoss), (", faster_loss.py", faster_loss(nb))):
+        criterion = kind(model.priors)
+        profile(f"matching and loss, batch 32{name}", lambda c=criterion: sum(c(*inputs).values()).backward())
+    with torch.no_grad():
+        locs, scores = model(nb.normalize(batch[0]))
+    limits = nb.MIN_SCORE, nb.MAX_OVERLAP, nb.TOP_K
+    select = nb.select_detections
+    profile(
+        "decoding and NMS, batch 8", lambda: select(locs, nb.class_probabilities(scores), *limits, priors=model.priors)
+    )
 
 
 def detection_rows(nb, model, split, repeats, device):
@@ -156,23 +220,18 @@ def detection_rows(nb, model, split, repeats, device):
         locs, scores = model(nb.normalize(small))
         outputs = {"bbox_regression": locs, "cls_logits": scores}
         anchors = [nb.cxcywh_to_xyxy(model.priors) * 300] * 8
-        boxes = nb.decode(locs, model.priors).clamp(0, 1)
         limits = nb.MIN_SCORE, nb.MAX_OVERLAP, nb.TOP_K
-        found = [nb.select_detections(b, s, *limits) for b, s in zip(boxes, scores.softmax(-1), strict=True)]
+        found = nb.select_detections(locs, nb.class_probabilities(scores), *limits, priors=model.priors)
         expected = twin(list(small / 255))
         for mine, other in zip(found, expected, strict=True):
             n = min(len(mine["scores"]), len(other["scores"]), 100)
             assert torch.allclose(mine["scores"][:n], other["scores"][:n], atol=1e-4), "scores differ"
             assert torch.allclose(mine["boxes"][:n] * 300, other["boxes"][:n], atol=0.1), "boxes differ"
-    print("| detections agree: scores to 1e-4, boxes to 0.1 pixel | | | | |")
+    print("| detections agree: scores to 1e-4, boxes to 0.1 pixel | | | | | |")
 
     @torch.no_grad()
     def ours():
-        boxes, probabilities = nb.decode(locs, model.priors).clamp(0, 1), scores.softmax(-1)
-        [
-            nb.select_detections(b, s, nb.MIN_SCORE, nb.MAX_OVERLAP, nb.TOP_K)
-            for b, s in zip(boxes, probabilities, strict=True)
-        ]
+        nb.select_detections(locs, nb.class_probabilities(scores), *limits, priors=model.priors)
 
     @torch.no_grad()
     def theirs():
@@ -188,7 +247,8 @@ def detection_rows(nb, model, split, repeats, device):
         def theirs(count=count):
             twin([decode_jpeg(read_file(path)).to(device) / 255 for path in files[:count]])
 
-        row(f"file to boxes, batch {count}, eager float32", *paired(ours, theirs, repeats, device), goal)
+        name = f"file to boxes, batch {count}, eager float32"
+        row(name, *paired(ours, theirs, repeats, device), goal, floor_of(nb, ours, torch.float32, device))
 
 
 def pipeline_row(nb, split, repeats, device):
@@ -228,7 +288,7 @@ def memory_row(arguments):
         ]
         peaks.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]))
     name = "peak memory of training steps, batch 8 (GB, whole process)"
-    print(f"| {name} | {peaks[0]:.2f} | {peaks[1]:.2f} | {peaks[0] / peaks[1]:.2f} | 0.8 |")
+    print(f"| {name} | {peaks[0]:.2f} | {peaks[1]:.2f} | {peaks[0] / peaks[1]:.2f} | 0.8 | |")
 
 
 def peak_gb(nb, device):
@@ -257,6 +317,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--profile", action="store_true", help="where the time goes, instead of the table")
     parser.add_argument("--peak", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -270,12 +331,16 @@ def main():
     batch = images.float(), boxes, labels
     if arguments.peak:
         return peak(nb, model, batch, arguments.peak, device)
-    a = torch.randn(2048, 2048, device=device)
-    best = min(paired(lambda: a @ a, lambda: a @ a, 5, device)[0])
-    rate = 2 * 2048**3 / best / 1e9
-    print(f"{nb.device_name(device)}, torch {torch.__version__.split('+')[0]}, matrix product {rate:.0f} GFLOP/s;")
-    print(f"floor of a forward pass {GFLOP_FORWARD / rate * 1000:.0f} ms an image\n")
-    print("| what | ours, ms | torchvision, ms | ratio [quartiles] | goal (CPU / CUDA) |\n|---|---|---|---|---|")
+    if arguments.profile:
+        return profiles(nb, model, split, batch, device)
+    rates = ", ".join(
+        f"{str(t)[6:]} {peak_rate(nb, t, device) / 1e9:.0f} GFLOP/s" for t in (torch.float32, torch.bfloat16)
+    )
+    print(f"{nb.device_name(device)}, torch {torch.__version__.split('+')[0]}, measured peak {rates}\n")
+    print(
+        "| what | ours, ms | torchvision, ms | ratio [quartiles] | goal (CPU / CUDA) | floor, share reached by ours |\n"
+        "|---|---|---|---|---|---|"
+    )
     detection_rows(nb, model, split, arguments.repeats, device)
     loss_row(nb, model, split, arguments.repeats, device)
     pipeline_row(nb, split, arguments.repeats, device)

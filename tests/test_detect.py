@@ -99,8 +99,8 @@ def test_voting_moves_each_box_to_the_mean_of_those_near_it(nb):
     low = torch.rand(60, 2, generator=g) * 0.15
     boxes = torch.cat([low, low + 0.5 + 0.1 * torch.rand(60, 2, generator=g)], 1)
     scores = torch.rand(60, 3, generator=g)
-    plain = nb.select_detections(boxes, scores, 0.1, 0.45, 200)
-    voted = nb.select_detections(boxes, scores, 0.1, 0.45, 200, 0.7)
+    (plain,) = nb.select_detections(boxes[None], scores[None], 0.1, 0.45, 200)
+    (voted,) = nb.select_detections(boxes[None], scores[None], 0.1, 0.45, 200, 0.7)
     assert 0 < len(plain["boxes"]) < 30
     assert torch.equal(plain["labels"], voted["labels"]) and torch.equal(plain["scores"], voted["scores"])
     for box, new, label in zip(plain["boxes"], voted["boxes"], plain["labels"].tolist(), strict=True):
@@ -109,6 +109,31 @@ def test_voting_moves_each_box_to_the_mean_of_those_near_it(nb):
             if score > 0.1 and ops.box_iou(box[None], other[None]).item() >= 0.7:
                 total, weight = total + score * other, weight + score
         assert torch.allclose(new, total / weight, atol=1e-5)
+
+
+def test_decoding_the_candidates_alone_equals_decoding_everything(nb):
+    """Three images at once, offsets decoded late: the same as one image, one class at a time, on decoded boxes."""
+    g = torch.Generator().manual_seed(5)
+    priors = nb.create_prior_boxes()
+    locs = torch.randn(3, 8732, 4, generator=g)
+    scores = (torch.randn(3, 8732, 4, generator=g) * 2 + torch.tensor([4.0, 0, -2, -30])).softmax(-1)
+    late = nb.select_detections(locs, scores, 0.01, 0.45, 200, priors=priors)
+    boxes = nb.decode(locs, priors).clamp(0, 1)
+    early = nb.select_detections(boxes, scores, 0.01, 0.45, 200)
+    for b in range(3):
+        parts = []
+        for label in (1, 2, 3):
+            above = (scores[b, :, label] > 0.01).nonzero()[:, 0]
+            order = scores[b, above, label].argsort(descending=True, stable=True)[:400]
+            above = above[order]
+            above = above[ops.nms(boxes[b, above], scores[b, above, label], 0.45)]
+            parts += [(float(scores[b, p, label]), label, boxes[b, p]) for p in above]
+        wanted = sorted(parts, key=lambda part: -part[0])[:200]
+        for found in (late[b], early[b]):
+            assert found["scores"].tolist() == [score for score, _, _ in wanted]
+            assert found["labels"].tolist() == [label for _, label, _ in wanted]
+            assert torch.allclose(found["boxes"], torch.stack([box for _, _, box in wanted]), atol=1e-6)
+    assert {3} - set(late[0]["labels"].tolist()) == {3} and len(late[0]["labels"]) > 50
 
 
 def test_nothing_found_is_an_empty_answer_of_the_right_shape(nb):
