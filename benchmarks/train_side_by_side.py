@@ -92,7 +92,7 @@ def train_torchvision(nb, train, val, weights, epochs, rate, dtype, device):
                 image, boxes, labels = train[index]
                 boxes = BoundingBoxes(boxes, format="XYXY", canvas_size=image.shape[:2])
                 image, target = recipe(
-                    Image(torch.from_numpy(image).permute(2, 0, 1)), {"boxes": boxes, "labels": labels}
+                    Image(torch.tensor(image).permute(2, 0, 1)), {"boxes": boxes, "labels": labels}
                 )
                 images.append(image.as_subclass(torch.Tensor).to(device))
                 targets.append(
@@ -119,7 +119,7 @@ def train_torchvision(nb, train, val, weights, epochs, rate, dtype, device):
     found = []
     with torch.no_grad(), half:
         for index in range(len(val)):
-            image = torch.from_numpy(val.image(index)).permute(2, 0, 1).to(device) / 255
+            image = torch.tensor(val.image(index)).permute(2, 0, 1).to(device) / 255
             answer = model([image])[0]
             boxes, labels, scores = (answer[key].cpu() for key in ("boxes", "labels", "scores"))
             found.append({"boxes": boxes.float(), "labels": labels, "scores": scores.float()})
