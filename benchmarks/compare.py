@@ -11,6 +11,9 @@ come from checkpoints/best_model.pth.
 """
 
 import argparse
+import contextlib
+import functools
+import io
 import os
 import statistics
 import subprocess
@@ -28,9 +31,15 @@ from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 from conftest import load_definitions  # noqa: E402
 from faster_loss import faster_loss  # noqa: E402
+
+
+def quiet_definitions():
+    """The notebook's definitions, without what its cells print."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return load_definitions()
 
 
 def torchvision_twin(nb, model, **options):
@@ -82,6 +91,7 @@ def row(name, ours, theirs, goal, floor=None):
     print(f"| {name} | {a:.1f} | {b:.1f} | {middle:.2f} [{low:.2f}, {high:.2f}] | {goal} | {reached} |", flush=True)
 
 
+@functools.lru_cache
 def peak_rate(nb, dtype, device):
     """The most floating-point operations a second seen here: a large matrix product or one of conv4's convolutions."""
     a = torch.randn(2048, 2048, device=device, dtype=dtype)
@@ -322,9 +332,7 @@ def main():
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
-    sys.stdout, kept = open(os.devnull, "w"), sys.stdout
-    nb = load_definitions()
-    sys.stdout = kept
+    nb = quiet_definitions()
     model, _ = nb.load_detector(ROOT / "checkpoints" / "best_model.pth", device)
     split = nb.SmearSplit(nb.dataset_root(arguments.dataset), "val")
     images, boxes, labels = nb.SmearDataset(split).batch(range(8), device)

@@ -24,9 +24,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT), str(ROOT / "benchmarks")]
-from compare import peak_gb  # noqa: E402
-from conftest import load_definitions  # noqa: E402
+sys.path.insert(0, str(ROOT))
+from compare import peak_gb, quiet_definitions  # noqa: E402
 
 BCCD_TRAIN = 205
 
@@ -48,9 +47,7 @@ def multiply(folder, times):
 
 def measure(root, steps, memory_mb):
     """The figures of one size, as a dictionary."""
-    sys.stdout, kept = open(os.devnull, "w"), sys.stdout
-    nb = load_definitions()
-    sys.stdout = kept
+    nb = quiet_definitions()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     started = time.perf_counter()

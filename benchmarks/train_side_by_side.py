@@ -16,19 +16,15 @@ import argparse
 import json
 import math
 import os
-import sys
 import time
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 import torch
+from compare import quiet_definitions
 from torchvision.models.detection import ssd300_vgg16
 from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes, Image
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
-from conftest import load_definitions  # noqa: E402
 
 REFERENCE_RATE, REFERENCE_BATCH = 0.002, 32  # torchvision's references/detection/README.md, SSD300 VGG16
 
@@ -63,11 +59,10 @@ def scores_of(nb, found, split):
     classes = len(split.class_names)
     matches = [nb.match_detections(f, b, c, classes) for f, b, c in zip(found, split.boxes, split.labels, strict=True)]
     map_50, map_all, by_class = nb.mean_average_precision(matches, classes)
-    names = [name for name in split.class_names]
     return {
         "map_50": round(map_50, 4),
         "map": round(map_all, 4),
-        "ap_50": {n: round(a, 4) for n, a in zip(names, by_class, strict=True)},
+        "ap_50": {n: round(a, 4) for n, a in zip(split.class_names, by_class, strict=True)},
     }
 
 
@@ -91,9 +86,7 @@ def train_torchvision(nb, train, val, weights, epochs, rate, dtype, device):
             for index in batch.tolist():
                 image, boxes, labels = train[index]
                 boxes = BoundingBoxes(boxes, format="XYXY", canvas_size=image.shape[:2])
-                image, target = recipe(
-                    Image(torch.tensor(image).permute(2, 0, 1)), {"boxes": boxes, "labels": labels}
-                )
+                image, target = recipe(Image(torch.tensor(image).permute(2, 0, 1)), {"boxes": boxes, "labels": labels})
                 images.append(image.as_subclass(torch.Tensor).to(device))
                 targets.append(
                     {
@@ -164,9 +157,7 @@ def main():
     parser.add_argument("--output", default="runs/side_by_side", help="folder of trials.jsonl")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    sys.stdout, kept = open(os.devnull, "w"), sys.stdout
-    nb = load_definitions()
-    sys.stdout = kept
+    nb = quiet_definitions()
     nb.BATCH_SIZE = arguments.batch_size
     root = nb.dataset_root(arguments.dataset)
     train, val = nb.SmearSplit(root, "train"), nb.SmearSplit(root, "val")

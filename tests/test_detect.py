@@ -133,7 +133,7 @@ def test_decoding_the_candidates_alone_equals_decoding_everything(nb):
             assert found["scores"].tolist() == [score for score, _, _ in wanted]
             assert found["labels"].tolist() == [label for _, label, _ in wanted]
             assert torch.allclose(found["boxes"], torch.stack([box for _, _, box in wanted]), atol=1e-6)
-    assert {3} - set(late[0]["labels"].tolist()) == {3} and len(late[0]["labels"]) > 50
+    assert 3 not in late[0]["labels"].tolist() and len(late[0]["labels"]) > 50
 
 
 def test_nothing_found_is_an_empty_answer_of_the_right_shape(nb):
