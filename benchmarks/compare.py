@@ -33,7 +33,6 @@ from torchvision.tv_tensors import BoundingBoxes
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 from conftest import load_definitions  # noqa: E402
-from faster_loss import faster_loss  # noqa: E402
 
 
 def quiet_definitions():
@@ -134,8 +133,7 @@ def our_step(nb, model, batch, device, dtype):
     """A function that does one training step of ours, as the notebook's defaults freeze the layers."""
     copy = nb.SSD300(model.num_classes, model.priors.clone())
     copy.load_state_dict(model.state_dict())
-    for layer in [m for m in copy.vgg if isinstance(m, torch.nn.Conv2d)][:7]:
-        layer.requires_grad_(False)
+    nb.freeze_blocks(copy, nb.FROZEN_BLOCKS)
     run = nb.Run(copy, 1, dtype, device)
     return lambda: nb.optimisation_step(run, *batch)
 
@@ -193,25 +191,20 @@ def loss_row(nb, model, split, repeats, device):
         losses = twin.compute_loss(wanted, {"bbox_regression": locs, "cls_logits": scores}, anchors, matched)
         sum(losses.values()).backward()
 
-    for name, kind in (
-        ("matching and loss, batch 32", nb.MultiBoxLoss),
-        ("the same, for the next training (faster_loss.py)", faster_loss(nb)),
-    ):
-        criterion = kind(model.priors)
+    criterion = nb.MultiBoxLoss(model.priors)
 
-        def ours(criterion=criterion):
-            sum(criterion(locs, scores, boxes, labels).values()).backward()
+    def ours():
+        sum(criterion(locs, scores, boxes, labels).values()).backward()
 
-        row(name, *paired(ours, theirs, repeats, device), "0.5 / 0.25")
+    row("matching and loss, batch 32", *paired(ours, theirs, repeats, device), "0.5 / 0.25")
 
 
 def profiles(nb, model, split, batch, device):
     """Where the time of ours goes."""
     profile("training step, batch 8", our_step(nb, model, batch, device, nb.pick_precision(device)))
     inputs = loss_inputs(nb, model, split, device)
-    for name, kind in (("", nb.MultiBoxLoss), (", faster_loss.py", faster_loss(nb))):
-        criterion = kind(model.priors)
-        profile(f"matching and loss, batch 32{name}", lambda c=criterion: sum(c(*inputs).values()).backward())
+    criterion = nb.MultiBoxLoss(model.priors)
+    profile("matching and loss, batch 32", lambda: sum(criterion(*inputs).values()).backward())
     with torch.no_grad():
         locs, scores = model(nb.normalize(batch[0]))
     limits = nb.MIN_SCORE, nb.MAX_OVERLAP, nb.TOP_K

@@ -135,10 +135,9 @@ def train_ours(nb, train, val, weights, epochs, rate, dtype, device):
             f"loss {sum(losses):.3f}, {time.perf_counter() - started:.0f} s",
             flush=True,
         )
-    some = nb.SmearDataset(val).batch(range(min(8, len(val))), device)
-    nb.validate(run, [some])  # puts the averaged weights into run.average
+    model.load_state_dict(nb.averaged_state(run))
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        found = nb.detect(run.average, [val.image(index) for index in range(len(val))])
+        found = nb.detect(model, [val.image(index) for index in range(len(val))])
     return scores_of(nb, found, val)
 
 

@@ -1,17 +1,17 @@
 """The benchmarks compare like with like: the same VGG, the same splits, sets that really are so many times larger."""
 
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from torchvision.tv_tensors import BoundingBoxes, Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import completeness  # noqa: E402
 import scaling  # noqa: E402
 import train_side_by_side  # noqa: E402
-from faster_loss import faster_loss  # noqa: E402
 
 
 def test_torchvisions_side_starts_from_the_same_vgg_and_freezes_conv1_alone(nb):
@@ -55,36 +55,16 @@ def test_a_multiplied_set_is_that_many_times_larger(nb, tmp_path):
     assert np.array_equal(split.image(0), split.image(2)) and torch.equal(split.boxes[1], split.boxes[5])
 
 
-@pytest.mark.parametrize("unlabelled_score", [1.0, 0.5])
-@pytest.mark.parametrize("seed", range(4))
-def test_the_faster_loss_equals_the_notebooks(nb, seed, unlabelled_score):
-    """Loss and gradients, with padding and cut cells anywhere among the boxes and one image without any."""
-    g = torch.Generator().manual_seed(seed)
-    low = torch.rand(5, 9, 2, generator=g) * 0.8
-    boxes = torch.cat([low, low + 0.02 + 0.2 * torch.rand(5, 9, 2, generator=g)], -1)
-    labels = torch.randint(-1, 4, (5, 9), generator=g)
-    labels[4] = 0
-    priors, answers = nb.create_prior_boxes(), []
-    locs, scores = (torch.randn(5, len(priors), 4, generator=g) for _ in range(2))
-    for kind in (nb.MultiBoxLoss, faster_loss(nb)):
-        given = [x.clone().requires_grad_() for x in (locs, scores)]
-        loss = kind(priors, unlabelled_score=unlabelled_score)(*given, boxes, labels)
-        sum(loss.values()).backward()
-        answers.append([loss["localization"].detach(), loss["confidence"].detach(), *(x.grad for x in given)])
-    for expected, got in zip(*answers, strict=True):
-        assert expected.any() and torch.allclose(got, expected, rtol=1e-5, atol=1e-7)
-    faster = faster_loss(nb)(priors)  # a GPU takes the whole batch at once
-    apart, together = faster.objects(boxes, labels), faster.together(boxes, labels)
-    assert torch.equal(apart[0], together[0])
-    assert torch.equal(apart[1][apart[0] > 0], together[1][apart[0] > 0])
-
-
-def test_the_faster_loss_without_objects_is_zero(nb):
-    priors = nb.create_prior_boxes()
-    nothing = (
-        torch.zeros(2, 8732, 4),
-        torch.randn(2, 8732, 4),
-        torch.zeros(2, 1, 4),
-        torch.zeros(2, 1, dtype=torch.int64),
-    )
-    assert all(value == 0 for value in faster_loss(nb)(priors)(*nothing).values())
+def test_a_detection_without_an_official_box_counts_as_a_cell_only_where_one_of_its_class_lies(nb, tmp_path):
+    cells = [["WBC", 0, 0, 10, 10], ["RBC", 50, 50, 60, 60]]
+    (tmp_path / "labels.json").write_text(json.dumps({"images": {"a": cells, "b": []}}))
+    labels = completeness.read_complete(tmp_path / "labels.json", ["RBC", "WBC"])
+    assert labels["a"][1].tolist() == [2, 1] and labels["b"][0].shape == (0, 4)
+    found = {  # an official cell, a cell without a box, the same of another class, nothing, and one that is not sure
+        "boxes": torch.tensor([[0, 0, 10, 10], *[[50, 50, 60, 61]] * 2, [80, 80, 90, 90], [50, 50, 60, 60.0]]),
+        "labels": torch.tensor([2, 1, 2, 1, 1]),
+        "scores": torch.tensor([0.9, 0.9, 0.9, 0.9, 0.2]),
+    }
+    official = [(torch.tensor([[0, 0, 10, 10.0]]), torch.tensor([2]))]
+    assert completeness.background_errors(nb, [found], official, [labels["a"]], [0.5, 0.5]) == (3, 1)
+    assert completeness.count_error([found], [labels["a"]], 1, 0.5) == (1, 1)

@@ -88,14 +88,28 @@ def slow_loss(priors, locs, scores, boxes, labels):
 @pytest.mark.parametrize("seed", range(4))
 def test_matching_equals_the_loop(nb, seed):
     priors, _, _, boxes, labels = example(seed)
-    classes, offsets = nb.MultiBoxLoss(priors).match(boxes, labels)
+    classes, item = nb.MultiBoxLoss(priors).match(boxes, labels)
+    assert classes.shape == item.shape == (len(boxes), len(priors))
     for b in range(len(boxes)):
         matched = slow_match(priors, boxes[b], labels[b])
         assert classes[b].tolist() == [0 if i is None else int(labels[b, i]) for i in matched]
-        for p, i in enumerate(matched):
-            if i is not None:
-                wanted = torch.tensor(slow_offsets(boxes[b, i].tolist(), priors[p].tolist()))
-                assert torch.allclose(offsets[b, p], wanted, atol=1e-3, rtol=1e-4)
+        assert all(item[b, p] == i for p, i in enumerate(matched) if i is not None)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_matching_image_by_image_equals_the_whole_batch_at_once(nb, seed):
+    """The CPU goes image by image, a GPU takes the batch; padding and cut cells may stand anywhere among the boxes."""
+    g = torch.Generator().manual_seed(seed)
+    low = torch.rand(5, 9, 2, generator=g) * 0.8
+    boxes = torch.cat([low, low + 0.02 + 0.2 * torch.rand(5, 9, 2, generator=g)], -1)
+    labels = torch.randint(-1, 4, (5, 9), generator=g)
+    labels[4] = 0
+    criterion = nb.MultiBoxLoss(nb.create_prior_boxes())
+    classes, item = criterion.match(boxes, labels)
+    together, items = criterion.match_together(boxes, labels)
+    assert torch.equal(classes, together) and (classes < 0).any() and (classes > 0).any()
+    assert torch.equal(item[classes > 0], items[classes > 0])
+    assert torch.equal(labels.gather(1, item)[classes > 0], classes[classes > 0])
 
 
 @pytest.mark.parametrize("seed", range(4))

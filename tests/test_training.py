@@ -71,6 +71,44 @@ def test_micro_batches_take_the_same_step(nb, tiny):
         assert torch.allclose(a, b, atol=1e-5, rtol=1e-3)
 
 
+def test_validation_measures_the_averaged_weights_and_leaves_the_trained_ones(nb, tiny):
+    """The loss is that of a second model holding the averages in half precision; the run is as before, bit for bit."""
+    train, batches = tiny
+    run = new_run(nb, train)
+    g = torch.Generator().manual_seed(0)
+    for averaged in run.averaged:
+        averaged += 0.01 * averaged.abs().mean() * torch.randn(averaged.shape, generator=g)
+    before = {key: value.clone() for key, value in run.model.state_dict().items()}
+    got = nb.validate(run, batches)
+    assert all(torch.equal(before[key], value) for key, value in run.model.state_dict().items())
+
+    twin = nb.SSD300(4)
+    twin.load_state_dict(before)
+    names = [name for name, p in run.model.named_parameters() if p.requires_grad]
+    with torch.no_grad():
+        for name, averaged in zip(names, run.averaged, strict=True):
+            twin.get_parameter(name).copy_(averaged)
+        for parameter in twin.parameters():
+            parameter.copy_(parameter.half())
+        images, boxes, labels = batches[0]
+        loss = nb.MultiBoxLoss(twin.priors)(*twin(nb.normalize(images)), boxes, labels)
+    assert got == pytest.approx([loss["localization"].item(), loss["confidence"].item()], rel=1e-4)
+    state = nb.averaged_state(run)
+    assert state.keys() == before.keys()
+    assert all(torch.equal(state[key].float(), value) for key, value in twin.state_dict().items())
+
+
+def test_the_estimate_of_epochs_leaves_no_trace(nb, tiny):
+    train, batches = tiny
+    run = new_run(nb, train, epochs=7)
+    before, state = weights(run), torch.get_rng_state()
+    assert nb.epochs_that_fit(run, train, batches, minutes=0)[0] == 1
+    epochs, seconds = nb.epochs_that_fit(run, train, batches, minutes=1e6)
+    assert epochs == 7 and 0 < seconds < math.inf
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(run), strict=True))
+    assert not run.optimizer.state and torch.equal(state, torch.get_rng_state())
+
+
 def test_out_of_memory_halves_the_micro_batch_and_goes_on(nb, tiny, monkeypatch, capsys):
     train, _ = tiny
     run = new_run(nb, train)
