@@ -152,12 +152,13 @@ def main():
     parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--batch-size", type=int, default=8, help="of both sides")
     parser.add_argument("--rates", type=float, nargs="+", help="one trial each; the default is each side's own rate")
+    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", default="runs/side_by_side", help="folder of trials.jsonl")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     nb = quiet_definitions()
-    nb.BATCH_SIZE = arguments.batch_size
+    nb.BATCH_SIZE, nb.PRECISION = arguments.batch_size, arguments.precision
     root = nb.dataset_root(arguments.dataset)
     train, val = nb.SmearSplit(root, "train"), nb.SmearSplit(root, "val")
     weights, origin = nb.vgg16_features(arguments.weights)
