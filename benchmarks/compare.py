@@ -252,6 +252,27 @@ def detection_rows(nb, model, split, repeats, device):
 
         name = f"file to boxes, batch {count}, eager float32"
         row(name, *paired(ours, theirs, repeats, device), goal, floor_of(nb, ours, torch.float32, device))
+    exported_rows(nb, twin, files, repeats, device)
+
+
+def exported_rows(nb, twin, files, repeats, device):
+    """File to boxes by the ONNX files that the page writes beside the checkpoint, against torchvision in eager mode."""
+    for file, kind, goal in (("ssd300.onnx", "float32", "0.7"), ("ssd300_int8.onnx", "int8", "0.5")):
+        if not (ROOT / "checkpoints" / file).is_file():
+            print(f"| {file} is not there: run the page first | | | | | |")
+            continue
+        session = nb.onnx_session(ROOT / "checkpoints" / file)
+        for count in (1, 8):
+
+            def ours(session=session, count=count):
+                nb.detect_onnx(session, [nb.read_image(path) for path in files[:count]])
+
+            @torch.no_grad()
+            def theirs(count=count):
+                twin([decode_jpeg(read_file(path)).to(device) / 255 for path in files[:count]])
+
+            name = f"file to boxes, {count} image{'s one by one' if count > 1 else ''}, ONNX Runtime {kind}"
+            row(name, *paired(ours, theirs, repeats, device), goal if count == 1 else "0.7")
 
 
 def pipeline_row(nb, split, repeats, device):
