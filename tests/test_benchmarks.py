@@ -45,6 +45,22 @@ def test_torchvisions_recipe_keeps_boxes_inside_the_image():
     assert len(sizes) > 5  # zoomed out and cropped
 
 
+def test_a_trial_of_each_side_is_logged_with_what_it_was(nb, drawn_bccd, tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    weights = {f"features.{key}": value for key, value in nb.vgg16_base().state_dict().items()}
+    torch.save(weights, tmp_path / "vgg.pth")
+    given = ["--dataset", str(drawn_bccd), "--weights", str(tmp_path / "vgg.pth"), "--output", str(tmp_path / "out")]
+    given += ["--epochs", "1", "--seed", "7", "--clip", "20", "--rates", "0.0001"]
+    monkeypatch.setattr(sys, "argv", ["train_side_by_side.py", *given])
+    train_side_by_side.main()
+    ours, theirs = map(json.loads, (tmp_path / "out" / "trials.jsonl").read_text().splitlines())
+    assert (ours["side"], theirs["side"]) == ("ours", "torchvision")
+    assert (ours["clip"], theirs["clip"]) == (None, 20.0)  # ours clips by its own recipe
+    assert all(trial["seed"] == 7 and trial["rate"] == 0.0001 and trial["epochs"] == 1 for trial in (ours, theirs))
+    assert all(0 <= trial["validation"]["map"] <= trial["validation"]["map_50"] <= 1 for trial in (ours, theirs))
+    assert "conv5_3 above zero" in capsys.readouterr().out
+
+
 def test_a_multiplied_set_is_that_many_times_larger(nb, tmp_path):
     from synthetic_bccd import draw_dataset
 
