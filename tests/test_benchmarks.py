@@ -84,3 +84,9 @@ def test_a_detection_without_an_official_box_counts_as_a_cell_only_where_one_of_
     official = [(torch.tensor([[0, 0, 10, 10.0]]), torch.tensor([2]))]
     assert completeness.background_errors(nb, [found], official, [labels["a"]], [0.5, 0.5]) == (3, 1)
     assert completeness.count_error([found], [labels["a"]], 1, 0.5) == (1, 1)
+    left = completeness.without_unboxed_cells(nb, [found], official, [labels["a"]])[0]
+    assert left["labels"].tolist() == [2, 2, 1]  # both detections of the cell without a box are forgiven, no other is
+    same = completeness.without_unboxed_cells(nb, [found], official, official)[0]
+    assert same["labels"].tolist() == [2, 1, 2, 1, 1]
+    drawn = completeness.second_opinion(nb, official, [labels["a"]])[0]
+    assert (drawn["boxes"].tolist(), drawn["labels"].tolist()) == ([[0, 0, 10, 10]], [2])
