@@ -51,9 +51,8 @@ def background_errors(nb, found, official, complete, thresholds):
         limits = torch.tensor(thresholds)[detections["labels"] - 1]
         sure = detections["scores"] >= limits
         own, labels = detections["boxes"][sure], detections["labels"][sure]
-        free = (nb.ops.box_iou(own, boxes) >= 0.1).sum(1) == 0 if len(boxes) else torch.ones(len(own), dtype=torch.bool)
-        same = labels[:, None] == all_labels
-        on_cell = ((nb.ops.box_iou(own, all_boxes) >= 0.5) & same).any(1)
+        free = ~(nb.ops.box_iou(own, boxes) >= 0.1).any(1)
+        on_cell = best_overlap(nb, own, labels, all_boxes, all_labels) >= 0.5
         errors, cells = errors + int(free.sum()), cells + int((free & on_cell).sum())
     return errors, cells
 
@@ -71,7 +70,7 @@ def without_unboxed_cells(nb, found, official, complete):
 
 
 def second_opinion(nb, official, complete):
-    """The complete boxes of the cells that BCCD boxed, as detections of score 1: what an annotator would reach."""
+    """The complete boxes of the cells that BCCD boxed, as detections of score 1: what a second labelling reaches."""
     answer = []
     for given, (boxes, labels) in zip(official, complete, strict=True):
         known = best_overlap(nb, boxes, labels, *given) >= SAME_CELL
@@ -112,8 +111,8 @@ def main():
     print("complete labels:   ", figures(nb, found, truth, classes))
     forgiven = without_unboxed_cells(nb, found, official, truth)
     print("official, unboxed cells forgiven:", figures(nb, forgiven, official, classes))
-    annotator = second_opinion(nb, official, truth)
-    print("official, boxed cells as the complete labels draw them:", figures(nb, annotator, official, classes))
+    second = second_opinion(nb, official, truth)
+    print("official, boxed cells as the complete labels draw them:", figures(nb, second, official, classes))
     counted = json.loads((ROOT / "checkpoints" / "metrics.json").read_text())["validation"]["count_threshold"]
     thresholds = [counted[name] for name in names]
     errors, cells = background_errors(nb, found, official, truth, thresholds)
