@@ -1,10 +1,11 @@
-"""What the tests share: the notebook's definitions as a module, drawn data, and the real data where it is given."""
+"""What the tests share: the notebook's definitions as a module, drawn data, and the real data from data/."""
 
 import ast
 import linecache
 import os
 import sys
 import types
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -41,17 +42,6 @@ def load_definitions(notebook=NOTEBOOK, name="ssd_bccd_definitions", cells=("par
     return module
 
 
-def real(variable, is_there):
-    """The path that an environment variable names; without it the test is skipped, or fails under REQUIRE_REAL_DATA."""
-    path = Path(os.environ.get(variable, ""))
-    if os.environ.get(variable) and is_there(path):
-        return path.resolve()
-    why = f"{variable} names no such file or folder: {os.environ.get(variable) or '(not set)'}"
-    if os.environ.get("REQUIRE_REAL_DATA") == "1":
-        pytest.fail(why)
-    pytest.skip(why)
-
-
 @pytest.fixture(scope="session")
 def nb():
     """The notebook as a library: a module with what its `parameters` and `define` cells define."""
@@ -62,15 +52,18 @@ def nb():
 
 
 @pytest.fixture(scope="session")
-def bccd_root():
-    """The real dataset: the folder that holds BCCD/."""
-    return real("BCCD_DATASET", lambda path: (path / "BCCD" / "ImageSets" / "Main").is_dir())
+def bccd_root(tmp_path_factory):
+    """The real dataset, unpacked from data/: the folder that holds BCCD/. Not to be written to."""
+    folder = tmp_path_factory.mktemp("real")
+    with zipfile.ZipFile(ROOT / "data" / "BCCD_Dataset.zip") as bundle:
+        bundle.extractall(folder)
+    return folder / "BCCD_Dataset"
 
 
 @pytest.fixture(scope="session")
 def vgg_weights():
     """The file with VGG-16's ImageNet features."""
-    return real("VGG16_WEIGHTS", Path.is_file)
+    return ROOT / "data" / "vgg16_features.pth"
 
 
 @pytest.fixture(scope="session")
