@@ -156,7 +156,7 @@ class Place:
         return [
             path.name
             for path in self.folder.iterdir()
-            if path.name.endswith(".lock") or ".fetch-" in path.name or path.name.startswith((".study", ".write-test"))
+            if path.name.startswith(".study") and not path.name.endswith(".lock")
         ]
 
 
