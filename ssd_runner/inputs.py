@@ -1,7 +1,5 @@
 """Steps 2 and 3: the dataset, fetched by the notebook's own cells, and the files of weights."""
 
-import contextlib
-import io
 import os
 import sys
 import zipfile
@@ -56,15 +54,15 @@ def dataset(job: Job) -> None:
 
 def fetch(job: Job, cells: list[Any], folder: Path) -> None:
     """Executes the cells tagged `fetch`, which need the standard library only; Failure DATASET."""
-    space: dict[str, Any] = {"__name__": "fetch"}
+    space: dict[str, Any] = {"print": lambda *words: job.console.note(" ".join(map(str, words)))}
     url = job.env.get("BCCD_URL") or job.value("DATASET_URL")
-    here, words = os.getcwd(), io.StringIO()
+    here = os.getcwd()
     try:
         os.chdir(job.folder)
-        with contextlib.redirect_stdout(words):
-            for cell in cells:
-                exec(compile(cell.source, "<cell tagged fetch>", "exec"), space)
-            root = space["dataset_root"](space["fetch_dataset"](folder, url, say=job.console.note))
+        for cell in cells:
+            exec(compile(cell.source, "<cell tagged fetch>", "exec"), space)
+        root = space["dataset_root"](space["fetch_dataset"](folder, url, say=job.console.note))
+        job.console.note(shown(Path(root)))
     except Exception as error:
         codes = [EXITS[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in EXITS]
         if not codes:
@@ -72,8 +70,6 @@ def fetch(job: Job, cells: list[Any], folder: Path) -> None:
         raise Failure(codes[0], one_line(error, 400)) from None
     finally:
         os.chdir(here)
-    for line in [*words.getvalue().splitlines(), shown(Path(root))]:
-        job.console.note(line)
 
 
 def weights(job: Job) -> None:

@@ -6,6 +6,7 @@ import copy
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -52,7 +53,7 @@ class Executor(ExecutePreprocessor):
         if msg["msg_type"] != "stream" or self.output_hook_stack[msg["parent_header"]["msg_id"]]:
             return super().output(outs, msg, display_id, cell_index)
         if self.run.printed > OUTPUT_LIMIT:
-            return None  # what is over is not kept
+            return self.run.kill()  # an interrupt would wait for all that is on its way
         out = outs[-1] if outs and not self.clear_before_next_output else {}
         if out.get("name") != msg["content"]["name"]:
             out = super().output(outs, msg, display_id, cell_index)
@@ -100,7 +101,8 @@ class Execution:
         except CellExecutionError as error:
             raise self.fault or self.cell_failure(error) from None
         except (DeadKernelError, RuntimeError) as error:
-            raise self.fault or self.death(error) from None
+            fault = self.fault or self.find_fault(time.monotonic())
+            raise fault or self.death(error) from None
         finally:
             watcher.cancel()
             await self.shut_down()
@@ -205,11 +207,12 @@ class Execution:
         said = one_line(self.last_line)
         if self.console.terminal:
             if self.console.bar is None:
-                form = "{bar:20} {desc}{elapsed}{postfix}"
-                total = len(self.numbers)
-                self.console.bar = tqdm(total=total, file=sys.stdout, bar_format=form, leave=False)
+                form = {"bar_format": "{bar:20} {desc}{elapsed}{postfix}", "leave": False}
+                width, height = shutil.get_terminal_size()
+                form |= {"file": sys.stdout, "ncols": width - 1, "nrows": height}
+                self.console.bar = tqdm(total=len(self.numbers), **form)
             self.console.bar.n = self.numbers[self.current] - 1
-            self.console.bar.set_description(f"{self.head(self.current)} ", refresh=False)
+            self.console.bar.set_description_str(f"{self.head(self.current)} ", refresh=False)
             self.console.bar.set_postfix_str(said)
         elif now - max(self.spoken, self.started) > SILENT_SECONDS:
             took, self.spoken = duration(now - self.started), now

@@ -94,7 +94,7 @@ def source_digest(notebook: Any) -> str:
 
 def terminal_text(text: str) -> str:
     """What a terminal would show after carriage returns and backspaces."""
-    while (shorter := re.sub("[^\n\b]\b", "", text)) != text:  # no raw text: \b is the backspace
+    while "\b" in text and (shorter := re.sub("[^\n\b]\b", "", text)) != text:  # \b: backspace
         text = shorter
     if "\r" not in text:
         return text

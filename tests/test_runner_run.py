@@ -1,8 +1,5 @@
 """What a run of the script publishes, where, and what it says: real kernels, small notebooks."""
 
-from __future__ import annotations
-
-import json
 import os
 import re
 import subprocess
@@ -10,7 +7,7 @@ import sys
 
 import nbformat
 import pytest
-from runner_helpers import PARAMETERS, ROOT, Place, draw_layout, outputs, tree
+from runner_helpers import DATA, FETCH, PARAMETERS, Place, outputs, tree
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -20,20 +17,26 @@ def place(tmp_path):
     return Place(tmp_path / "кровь study")
 
 
-def test_published_page(place):
-    """Clean, stamped, accepted by --check; a second run changes no byte; checkpoints are not touched."""
+def test_published_page(place, capsys):
+    """Clean, stamped, accepted by --check; a second run changes no byte; checkpoints stay."""
     place.write(
         "## 1. Setup",
-        "import sys, warnings\nwarnings.warn('old')\nprint('to', end='')\nprint(' join')\nprint('e', file=sys.stderr)",
-        "import time\nfor i in range(20):\n    print(f'\\r{i * 5}%', end='', flush=True)\n    time.sleep(0.01)",
+        "import sys, warnings\nwarnings.warn('old')\nprint('to', end='')\nprint(' join')\n"
+        "print('e', file=sys.stderr)",
+        "import time\nfor i in range(20):\n    print(f'\\r{i * 5}%', end='', flush=True)\n"
+        "    time.sleep(0.01)",
         "## 2. Picture",
-        "import matplotlib_inline, os\nprint(os.environ['MPLBACKEND'], os.path.basename(os.getcwd()))",
-        "from IPython.display import display, update_display\nh = display('first', display_id='x')\nprint('between')",
+        "import matplotlib_inline, os\nprint(os.environ['MPLBACKEND'], 'colour' in globals())",
+        "from IPython.display import display, update_display\nh = display('first', display_id='x')\n"
+        "print('between')\nprint('joined')",
         "update_display('second', display_id='x')\n7",
+        metadata={"language_info": {"name": "python", "version": "3.99"}},
     )
     place.env["MPLBACKEND"] = "Agg"  # a page would have no figures
+    place.env["IPYTHONDIR"] = str(place.folder / "ipython")  # the user's own
+    place.put("ipython/profile_default/startup/00.py", "colour = 'mine'")
     checkpoints = tree(place.checkpoints)
-    result = place.run("--report", "report.json", "--html")
+    result = place.run("--html")
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     first = place.notebook.read_bytes()
@@ -42,76 +45,68 @@ def test_published_page(place):
     assert [cell.execution_count for cell in code] == [1, 2, 3, 4, 5]
     assert [cell.id for cell in notebook.cells] == [f"cell-{n}" for n in range(7)]
     assert all("execution" not in cell.metadata for cell in code)
-    assert [(o.name, o.text) for o in code[0].outputs][0] == ("stdout", "to join\n")
+    assert (code[0].outputs[0].name, code[0].outputs[0].text) == ("stdout", "to join\n")
     assert re.fullmatch(r"\d+\.py:2: UserWarning: old\ne\n", code[0].outputs[1].text)  # no folder
     assert code[1].outputs[0].text == "95%"
-    assert code[2].outputs[0].text == "module://matplotlib_inline.backend_inline кровь study\n"
+    assert code[2].outputs[0].text == "module://matplotlib_inline.backend_inline False\n"
     assert code[3].outputs[0].data["text/plain"] == "'second'"
     assert set(notebook.metadata) == {"kernelspec", "language_info", "ssd_runner"}
     assert (place.folder / "study.html").stat().st_size > 1000
     assert tree(place.checkpoints) == checkpoints and place.left_over() == []
     assert not (place.folder / "study.partial.ipynb").exists()
 
-    report = json.loads((place.folder / "report.json").read_text(encoding="utf-8"))
-    assert report["exit_code"] == 0 and report["sentence"] == ""
-    assert [cell["section"] for cell in report["cells"]] == ["1. Setup"] * 2 + ["2. Picture"] * 3
-    assert all(cell["seconds"] > 0 and cell["peak_memory_mb"] > 10 for cell in report["cells"])
-    assert {check["verdict"] for check in report["checks"]} <= {"ok", "warning"} and len(report["checks"]) == 8
-    assert report["environment"]["python"].startswith("3.")
-
-    again = place.run("--quiet")
-    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+    assert place.call(capsys, "--quiet") == (0, "", "")
     assert place.notebook.read_bytes() == first
-    assert place.run("--check").returncode == 0
+    assert place.call(capsys, "--check")[0] == 0
 
 
-def test_overrides_go_under_runs(place):
-    """An injected cell in the run's own notebook; folders that it writes are its own; the committed page stays."""
-    results = ("parameters", PARAMETERS[1].replace("COUNT\n", "") + "\nMY_RESULTS = 'my_results'\nDATA_DIR = 'data'")
-    place.write(
-        "print(1)",
-        results,
-        "print(COUNT, RATE, CHECKPOINT_DIR, MY_RESULTS, DATA_DIR)\nimport os\nprint(os.path.isdir(CHECKPOINT_DIR))",
-    )
-    draw_layout(place.folder / "data")
+def test_overrides_go_under_runs(place, capsys):
+    """The run's own notebook has an injected cell, its folders are its own; the page stays."""
+    source = PARAMETERS[1] + "\nMY_RESULTS = 'my_results'\nDATA_DIR = 'data'\nCOUNT"
+    names = "COUNT, RATE, CHECKPOINT_DIR, MY_RESULTS, DATA_DIR, os.path.isdir(CHECKPOINT_DIR)"
+    place.write("import os", ("parameters", source), f"print({names})")
     before = place.notebook.read_bytes()
-    result = place.run("-p", "COUNT=4", "-p", "RATE=1")
-    assert result.returncode == 0, result.stderr
+    code, out, err = place.call(capsys, "-p", "COUNT=4", "-p", "RATE=1")
+    assert code == 0, err
     page = place.folder / "runs" / "custom" / "study.ipynb"
-    assert "4 1.0 runs/custom/checkpoints runs/custom/my_results data\nTrue\n" in outputs(page)
-    assert [
-        cell.metadata.get("tags") for cell in nbformat.read(page, as_version=4).cells if "tags" in cell.metadata
-    ] == [
-        ["parameters"],
-        ["injected-parameters"],
-    ]
+    assert "4 1.0 runs/custom/checkpoints runs/custom/my_results data True\n" in outputs(page)
+    tags = [cell.metadata.get("tags") for cell in nbformat.read(page, as_version=4).cells]
+    assert tags == [None, ["parameters"], ["injected-parameters"], None]
     assert place.notebook.read_bytes() == before
-    assert place.run("-p", "COUNT=5", "--output", "runs/five/page.ipynb").returncode == 0
+    code, out, err = place.call(capsys, "-p", "COUNT=5", "--output", "runs/five/page.ipynb")
+    assert code == 0, err
     assert "5 0.1 runs/five/checkpoints" in outputs(place.folder / "runs" / "five" / "page.ipynb")
 
 
-def test_output_elsewhere_without_overrides(place, tmp_path):
-    place.write(PARAMETERS, "print(CHECKPOINT_DIR)")
-    before = place.notebook.read_bytes()
-    result = place.run("--output", str(tmp_path / "new folder" / "page.ipynb"))
-    assert result.returncode == 0, result.stderr
-    assert outputs(tmp_path / "new folder" / "page.ipynb").endswith("checkpoints\n")
-    assert place.notebook.read_bytes() == before
-
-
-def test_fresh_reaches_the_kernel(place):
-    place.write(
-        ("parameters", "TRAINING = 'auto'\nTRAINING"),
-        "import os\nprint(os.environ['SSD_TRAINING'], len(os.environ['SSD_RUN_ID']))",
+def test_options_reach_the_kernel(place, capsys):
+    """Paths relative to the notebook, so that none of this machine is printed; one output file elsewhere."""
+    place.put("data/BCCD/x", "")
+    place.put("w.pth", "weights")
+    names = "SSD_TRAINING BCCD_DATASET BCCD_URL VGG16_WEIGHTS SSD_STAGING SSD_NO_INSTALL".split()
+    source = (
+        DATA[1]
+        + "\nVGG16_WEIGHTS = ''\nTRAINING = 'auto'\nCHECKPOINT_DIR = 'checkpoints'\nTRAINING"
     )
-    assert place.run("--fresh").returncode == 0
-    assert outputs(place.notebook) == "fresh 32\n"
+    place.write(
+        ("parameters", source),
+        FETCH,
+        f"import os\nprint(*(os.environ[n] for n in {names}), len(os.environ['SSD_RUN_ID']))",
+    )
+    before = place.notebook.read_bytes()
+    data = place.folder / "data"
+    where = ("--dataset", str(data), "--dataset-url", "a-mirror", "--output", "../new/page.ipynb")
+    code, out, err = place.call(capsys, "--fresh", "--weights", "w.pth", *where)
+    assert code == 0, err
+    said = outputs(place.folder.parent / "new" / "page.ipynb")
+    assert said.endswith("fresh data a-mirror w.pth checkpoints/.staging 1 32\n")
+    assert "  defined\n  looking into a-mirror\n  data/BCCD\n" in out
+    assert place.notebook.read_bytes() == before
 
 
 IMAGES = (
     (
         "parameters",
-        "MY_IMAGES = ''\nMY_RESULTS = 'my_results'\nCHECKPOINT_DIR = 'checkpoints'\nDATA_DIR = 'data'\nMY_IMAGES",
+        "MY_IMAGES = ''\nMY_RESULTS = 'my_results'\nCHECKPOINT_DIR = 'checkpoints'\nMY_IMAGES",
     ),
     ("define", "def area(n):\n    return n * n"),
     "## 3. Dataset",
@@ -119,84 +114,79 @@ IMAGES = (
     "## 16. Your own images",
     (
         "images",
-        "import os\nos.makedirs(MY_RESULTS)\nprint(area(3), sorted(os.listdir(MY_IMAGES)), CHECKPOINT_DIR, MY_RESULTS)",
+        "import os\nprint(area(3), sorted(os.listdir(MY_IMAGES)), CHECKPOINT_DIR, MY_RESULTS)",
     ),
     "## 17. Summary",
     "raise RuntimeError('needs results')",
 )
 
 
-def test_own_images(place):
+def test_own_images(place, capsys):
     """Only the cells that are needed run; neither dataset nor download is asked for."""
     place.write(*IMAGES)
     before = place.notebook.read_bytes()
-    (place.folder / "mine").mkdir()
-    (place.folder / "mine" / "one.PNG").write_bytes(b"x")
-    result = place.run("--images", "mine")
-    assert result.returncode == 0, result.stderr
-    assert outputs(place.folder / "runs" / "images" / "study.ipynb").endswith(
-        "9 ['one.PNG'] checkpoints runs/images/results\n"
-    )
-    result = place.run("--images", "mine", "--results", "found")
-    assert result.returncode == 0 and (place.folder / "found").is_dir()
+    place.put("mine/one.PNG", "x")
+    page = place.folder / "runs" / "images" / "study.ipynb"
+    for options, results in (((), "runs/images/results"), (("--results", "found"), "found")):
+        code, out, err = place.call(capsys, "--images", "mine", *options)
+        assert code == 0, err
+        assert outputs(page).endswith(f"9 ['one.PNG'] checkpoints {results}\n")
     assert place.notebook.read_bytes() == before
 
 
-@pytest.mark.parametrize(("name", "sentence"), [("nowhere", "there is no folder"), ("empty", "no picture")])
-def test_own_images_that_are_not_there(place, name, sentence):
-    place.write(*IMAGES)
-    (place.folder / "empty").mkdir()
-    result = place.run("--images", name)
-    assert result.returncode == 2 and sentence in result.stderr
-
-
-def test_demo_draws_its_data(place):
+def test_demo_draws_its_data(place, capsys, monkeypatch):
     """The whole notebook over drawn smears, under runs/demo, with the note on its pages."""
+    source = (
+        "DATA_DIR = 'BCCD_Dataset'\nDATASET_URL = ''\nCHECKPOINT_DIR = 'checkpoints'\n"
+        "TRAINING = 'auto'\nNUM_EPOCHS = 50\nFINETUNE_FROM = ''\nDATA_NOTE = ''\nTRAINING"
+    )
     place.write(
-        (
-            "parameters",
-            "DATA_DIR = 'BCCD_Dataset'\nDATASET_URL = ''\nVGG16_WEIGHTS = ''\nCHECKPOINT_DIR = 'checkpoints'\n"
-            "TRAINING = 'auto'\nNUM_EPOCHS = 50\n"
-            "FINETUNE_FROM = ''\nDATA_NOTE = ''\nMY_RESULTS = 'my_results'\nTRAINING",
-        ),
+        ("parameters", source),
         "print(DATA_DIR, CHECKPOINT_DIR, TRAINING, NUM_EPOCHS, FINETUNE_FROM, DATA_NOTE)",
-        "import os\nprint(len(os.listdir(DATA_DIR + '/BCCD/JPEGImages')), os.environ.get('BCCD_DATASET'))",
+        "import os\nprint(len(os.listdir(DATA_DIR + '/BCCD/JPEGImages')), "
+        "os.environ.get('BCCD_DATASET'))",
     )
     place.env["BCCD_DATASET"] = "/somewhere/real"
     checkpoints = tree(place.checkpoints)
-    result = place.run("--demo", "-p", "NUM_EPOCHS=1", timeout=110)
-    assert result.returncode == 0, result.stderr
+    code, out, err = place.call(capsys, "--demo", "-p", "NUM_EPOCHS=1")
+    assert code == 0, err
     said = outputs(place.folder / "runs" / "demo" / "study.ipynb")
-    wanted = "runs/demo/BCCD_Dataset runs/demo/checkpoints fresh 1 checkpoints/best_model.pth Drawn smears: no result"
-    assert wanted in said and "80 None" in said
-    assert "drawn data: nothing that this run shows is a result" in result.stdout
+    folders = "runs/demo/BCCD_Dataset runs/demo/checkpoints"
+    assert f"{folders} fresh 1 checkpoints/best_model.pth Drawn smears: no result" in said
+    assert "80 None" in said
+    assert "nothing that this run shows is a result" in out
     assert tree(place.checkpoints) == checkpoints
 
 
-def test_plain_lines_of_a_long_cell(place):
-    """Without a terminal the lines of a long cell come as they are printed, quick cells give one line each."""
-    place.write(
-        "print('quick one')",
-        "## 10. Training",
-        "import time\nfor i in range(8):\n    print('epoch', i, flush=True)\n    time.sleep(0.5)",
-    )
-    result = place.run()
-    assert result.returncode == 0, result.stderr
-    assert "quick one" not in result.stdout
-    assert re.search(r"^    epoch 7$", result.stdout, re.M)
-    assert re.search(r"^  \[2/2\] 10\. Training: \d\.\d s, 1 output$", result.stdout, re.M)
+LONG = """import time
+for i in range(8):
+    print('epoch', i, flush=True)
+    time.sleep(0.5)
+for i in range(4):
+    print(f'\\rimages {i}', end='', flush=True)
+    time.sleep(0.4)"""
+
+
+def test_plain_lines_of_a_long_cell(place, capsys, monkeypatch):
+    """Lines of a long cell come as they are printed, a progress bar now and then."""
+    from ssd_runner import kernel
+
+    monkeypatch.setattr(kernel, "SILENT_SECONDS", 0.6)
+    place.write("print('quick one')", "## 10. Training", LONG)
+    code, out, err = place.call(capsys)
+    assert code == 0, err
+    assert "quick one" not in out
+    assert re.search(r"^    epoch 7$", out, re.M)
+    assert re.search(r"^  \[2/2\] 10\. Training: running for \d\.\d s: images [12]$", out, re.M)
+    assert re.search(r"^  \[2/2\] 10\. Training: \d\.\d s, 1 output$", out, re.M)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals")
 def test_bar_on_a_terminal(place):
-    """On a terminal: a bar with section, elapsed and remaining time, and the last line of the running cell below."""
+    """A bar with section, elapsed time and the last line of the running cell, in place."""
     import pty
 
-    place.write(
-        "print(1)",
-        "## 10. Training",
-        "import time\nfor i in range(8):\n    print('epoch', i, flush=True)\n    time.sleep(0.4)",
-    )
+    place.write("print(1)", "## 10. Training", LONG)
     place.env.update(TERM="xterm", PYTHONIOENCODING="utf-8", COLUMNS="100")
     mine, theirs = pty.openpty()
     process = place.start(stdout=theirs, stderr=subprocess.STDOUT)
@@ -214,36 +204,18 @@ def test_bar_on_a_terminal(place):
     process.wait(timeout=60)
     text = shown.decode("utf-8")
     assert process.returncode == 0, text
-    assert re.search(r"█+░+ 2/2 10\. Training \| \d\.\d s, left \?", text)
-    assert re.search(r"\r\n  epoch [3-6]", text)
+    assert re.search(r"█+ +\[2/2\] 10\. Training +00:0\d, epoch [2-7]", text)
+    assert re.search(r"10\. Training +00:0\d, images [1-3]", text)
     assert text.rstrip().endswith("study.ipynb")
 
 
-def test_jupyters_own_run_passes_the_check(place):
-    """nbconvert's command on the same notebook: accepted, with a warning that no digest is there."""
+def test_jupyters_own_run_passes_the_check(place, capsys):
+    """nbconvert's command on the same notebook: accepted, with a warning about the digest."""
     place.write("print(1)", "2")
-    command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace", str(place.notebook)]
+    command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace"]
+    command.append(str(place.notebook))
     done = subprocess.run(command, cwd=place.folder, env=place.env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    result = place.run("--check")
-    assert result.returncode == 0, result.stderr
-    assert "no digest" in result.stdout
-
-
-def test_user_startup_files_do_not_shape_the_page(place, tmp_path):
-    startup = tmp_path / "ipython" / "profile_default" / "startup"
-    startup.mkdir(parents=True)
-    (startup / "00.py").write_text("colour = 'mine'")
-    place.env["IPYTHONDIR"] = str(tmp_path / "ipython")
-    place.write("print('colour' in globals())")
-    assert place.run().returncode == 0
-    assert outputs(place.notebook) == "False\n"
-
-
-def test_the_scripts_folder_need_not_be_current(tmp_path):
-    """Without a name the project's notebook is taken: here a folder without one gets one sentence or the project's."""
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "execute_ssd_notebook.py"), "--check", "missing.ipynb"],
-        cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
-    assert result.returncode == 10 and "There is no notebook" in result.stderr
+    code, out, err = place.call(capsys, "--check")
+    assert code == 0, err
+    assert "! outputs belong to this code" in out and "no digest" in out
