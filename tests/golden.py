@@ -33,7 +33,8 @@ if __name__ == "__main__":
 
     nb = load_definitions()
     with tempfile.TemporaryDirectory() as folder:
-        content = detections(nb, nb.fetch_dataset(Path(folder) / "BCCD_Dataset", "", ROOT / "data" / "BCCD_Dataset.zip"))
+        data = nb.fetch_dataset(Path(folder) / "BCCD_Dataset", "", ROOT / "data" / "BCCD_Dataset.zip")
+        content = detections(nb, data)
     lines = ",\n".join(f'"{name}": {json.dumps(rows)}' for name, rows in content.items())
     GOLDEN.write_text("{\n" + lines + "\n}\n", encoding="utf-8")
     print(f"{sum(map(len, content.values()))} detections on {len(content)} images in {GOLDEN.name}")
