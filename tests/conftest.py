@@ -18,7 +18,9 @@ NOTEBOOK = ROOT / "ssd_bccd_detection.ipynb"
 sys.path.insert(0, str(ROOT))  # `pytest` alone finds the scripts too
 
 
-def load_definitions(notebook=NOTEBOOK, name="ssd_bccd_definitions", cells=("parameters", "define")):
+def load_definitions(
+    notebook=NOTEBOOK, name="ssd_bccd_definitions", cells=("parameters", "define")
+):
     """Execute a notebook's `parameters` and `define` cells, in order, in a new module, and return it.
 
     The module stands in sys.modules under `name`, and its source in linecache, so that tracebacks show the cell's
@@ -34,7 +36,12 @@ def load_definitions(notebook=NOTEBOOK, name="ssd_bccd_definitions", cells=("par
             text += f"# --- cell {number} ({cell.get('id', '')})\n"
             parts.append((text.count("\n"), cell.source))
             text += cell.source + "\n\n"
-    linecache.cache[module.__file__] = (len(text), None, text.splitlines(keepends=True), module.__file__)
+    linecache.cache[module.__file__] = (
+        len(text),
+        None,
+        text.splitlines(keepends=True),
+        module.__file__,
+    )
     sys.modules[name] = module
     for offset, source in parts:
         tree = ast.increment_lineno(ast.parse(source), offset)
@@ -71,4 +78,6 @@ def drawn_bccd(tmp_path_factory):
     """A small drawn dataset: 8 training, 4 validation, 4 test smears. Not to be written to."""
     from synthetic_bccd import draw_dataset
 
-    return draw_dataset(tmp_path_factory.mktemp("drawn") / "BCCD_Dataset", train=8, val=4, test=4, seed=11)
+    return draw_dataset(
+        tmp_path_factory.mktemp("drawn") / "BCCD_Dataset", train=8, val=4, test=4, seed=11
+    )

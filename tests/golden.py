@@ -1,12 +1,12 @@
 """Writes tests/golden_detections.json: what the committed detector finds on 15 validation images.
 
-    BCCD_DATASET=... python tests/golden.py
+    python tests/golden.py
 
 To be run only when checkpoints/best_model.pth was trained anew; tests/test_detect.py compares with it.
 """
 
 import json
-import os
+import tempfile
 from pathlib import Path
 
 GOLDEN = Path(__file__).with_name("golden_detections.json")
@@ -29,9 +29,12 @@ def detections(nb, bccd_root):
 
 
 if __name__ == "__main__":
-    from conftest import load_definitions
+    from conftest import ROOT, load_definitions
 
-    content = detections(load_definitions(), os.environ["BCCD_DATASET"])
+    nb = load_definitions()
+    with tempfile.TemporaryDirectory() as folder:
+        data = nb.fetch_dataset(Path(folder) / "BCCD_Dataset", "", ROOT / "data" / "BCCD_Dataset.zip")
+        content = detections(nb, data)
     lines = ",\n".join(f'"{name}": {json.dumps(rows)}' for name, rows in content.items())
     GOLDEN.write_text("{\n" + lines + "\n}\n", encoding="utf-8")
     print(f"{sum(map(len, content.values()))} detections on {len(content)} images in {GOLDEN.name}")

@@ -79,7 +79,7 @@ def test_first_loss_is_that_of_an_undecided_network(nb, vgg_weights, drawn_bccd)
     split = nb.SmearSplit(nb.dataset_root(drawn_bccd), "train")
     images, boxes, labels = nb.SmearDataset(split, 300).batch(range(4))
     pixels = nb.normalize(images)
-    weights, _ = nb.vgg16_features(str(vgg_weights))
+    weights = nb.vgg16_features(str(vgg_weights))
     model = nb.build_model(4, weights, pixels, seed=0)
     with torch.no_grad():
         locs, scores = model(pixels)
@@ -90,9 +90,9 @@ def test_first_loss_is_that_of_an_undecided_network(nb, vgg_weights, drawn_bccd)
 
 
 def test_vgg_weights_arrive_unchanged_and_frozen(nb, vgg_weights):
-    weights, origin = nb.vgg16_features(str(vgg_weights))
+    weights = nb.vgg16_features(str(vgg_weights))
     raw = torch.load(vgg_weights, map_location="cpu", weights_only=True)
-    assert len(weights) == 26 and "ImageNet" in origin
+    assert len(weights) == 26
     model = nb.build_model(4, weights, torch.randn(2, 3, 300, 300) * 50, seed=0)
     state = model.vgg.state_dict()
     for key, value in raw.items():
@@ -119,14 +119,14 @@ def test_same_seed_same_start(nb):
 
 
 def test_wrong_weight_files_are_refused(nb, tmp_path):
-    with pytest.raises(nb.StudyError, match="absent.pth"):
+    with pytest.raises(nb.WeightsError, match="absent.pth"):
         nb.vgg16_features(str(tmp_path / "absent.pth"))
     (tmp_path / "text.pth").write_text("no weights")
-    with pytest.raises(nb.StudyError, match="text.pth"):
+    with pytest.raises(nb.WeightsError, match="text.pth"):
         nb.vgg16_features(str(tmp_path / "text.pth"))
     torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "part.pth")
-    with pytest.raises(nb.StudyError, match="part.pth"):
+    with pytest.raises(nb.WeightsError, match="part.pth"):
         nb.vgg16_features(str(tmp_path / "part.pth"))
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(nb.StudyError, match="list.pth"):
+    with pytest.raises(nb.WeightsError, match="list.pth"):
         nb.vgg16_features(str(tmp_path / "list.pth"))

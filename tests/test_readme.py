@@ -97,5 +97,8 @@ def test_options_that_it_names_exist(name):
 
 @pytest.mark.parametrize("name", READMES)
 def test_the_test_command_is_the_one_that_ci_runs(name):
-    assert "python -m pytest" in text(name)
-    assert "python -m pytest" in (ROOT / ".ci" / "run").read_text()
+    lines = re.findall(r"^(?:python3|\.venv).*-m pytest$", text(name), re.MULTILINE)
+    assert lines == [
+        "python3 -m venv .venv && .venv/bin/python -m pip install -r requirements-dev.txt && .venv/bin/python -m pytest"
+    ]
+    assert "grep -m 1 '^python3 -m venv .*-m pytest$' README.md" in (ROOT / ".ci" / "run").read_text()

@@ -192,25 +192,6 @@ def test_a_folder_that_is_not_bccd(nb, tmp_path):
     (tmp_path / "holidays").mkdir()
     with pytest.raises(nb.DatasetError, match="holidays"):
         nb.dataset_root(tmp_path / "holidays")
-    (tmp_path / "holidays" / "beach.txt").write_text("sun")
-    with pytest.raises(nb.DatasetError, match="holidays"):  # nothing is fetched over it
-        nb.fetch_dataset(tmp_path / "holidays", "file:///nowhere", attempts=1)
-    assert [path.name for path in (tmp_path / "holidays").iterdir()] == ["beach.txt"]
-
-
-def test_fetching_clones_once_or_leaves_nothing(nb, small, tmp_path):
-    import subprocess
-
-    source = tmp_path / "source"
-    (small.parent).rename(source)
-    for command in (["init", "-q"], ["add", "."], ["-c", "user.name=x", "-c", "user.email=x@x", "commit", "-qm", "x"]):
-        subprocess.run(["git", *command], cwd=source, check=True, capture_output=True)
-    target = tmp_path / "fetched"
-    assert nb.dataset_root(nb.fetch_dataset(target, source.as_uri())) == target / "BCCD"
-    assert nb.fetch_dataset(target, "file:///nowhere") == target  # is there: nothing is asked
-    with pytest.raises(nb.DatasetError, match="by hand"):
-        nb.fetch_dataset(tmp_path / "other", (tmp_path / "nowhere").as_uri(), attempts=1)
-    assert not (tmp_path / "other").exists()
 
 
 def test_read_image_turns_by_exif_and_makes_rgb(nb, tmp_path):
