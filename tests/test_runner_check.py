@@ -1,4 +1,4 @@
-"""The parts of the runner that need no kernel: checklist, cleaning, parameters, packages, command line."""
+"""The parts of the runner that need no kernel: checklist, cleaning, parameters, options."""
 
 import copy
 import re
@@ -223,7 +223,8 @@ def test_overrides(pair, value):
 @pytest.mark.parametrize(
     "pair",
     ["EPOCHS=abc", "EPOCHS=1.5", "EPOCHS=True", "EPOCHS=", "RATE=x", "RATE=1e999", "RATE=nan",
-     "RATE=True", "ON=1", "ON=maybe", "NAMES=RBC", "NAMES=[1]", "SIZE=5", "epochs=3", "EPOCHS", "=3"],
+     "RATE=True", "ON=1", "ON=maybe", "NAMES=RBC", "NAMES=[1]", "SIZE=5", "epochs=3",
+     "EPOCHS", "=3"],
 )  # fmt: skip
 def test_refused_overrides(pair):
     with pytest.raises(Failure) as failure:

@@ -79,7 +79,7 @@ def test_overrides_go_under_runs(place, capsys):
 
 
 def test_options_reach_the_kernel(place, capsys):
-    """Paths relative to the notebook, so that none of this machine is printed; one output file elsewhere."""
+    """Paths relative to the notebook, so that no page names a folder of this machine."""
     place.put("data/BCCD/x", "")
     place.put("w.pth", "weights")
     names = "SSD_TRAINING BCCD_DATASET BCCD_URL VGG16_WEIGHTS SSD_STAGING SSD_NO_INSTALL".split()

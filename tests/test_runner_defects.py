@@ -1,0 +1,235 @@
+"""Defects that the runner once had, each by the harm it did.
+
+Every test runs the script as a process and knows it by its command line alone.
+"""
+
+import os
+import re
+import resource
+import signal
+import subprocess
+import time
+
+import nbformat
+import pytest
+import torch
+from conftest import NOTEBOOK
+from runner_helpers import DATA, PARAMETERS, Place, finish, git_repository, outputs, tree
+
+from synthetic_bccd import draw_dataset
+
+pytestmark = [
+    pytest.mark.timeout(120),
+    pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX"),
+]
+DEMO = (
+    "parameters",
+    "DATA_DIR = 'BCCD_Dataset'\nDATASET_URL = ''\nCHECKPOINT_DIR = 'checkpoints'\n"
+    "FINETUNE_FROM = ''\nTRAINING = 'auto'\nNUM_EPOCHS = 50\nDATA_NOTE = ''\nDATA_DIR",
+)
+RUNNING = "import time\nopen('running', 'w').close()\nprint('so far', flush=True)\n"
+
+
+@pytest.fixture
+def place(tmp_path):
+    made = Place(tmp_path / "study")
+    (tmp_path / "temporary").mkdir()
+    made.env["TMPDIR"] = str(tmp_path / "temporary")
+    return made
+
+
+def fetch_cells():
+    """The notebook's own cells that fetch the dataset."""
+    cells = nbformat.read(NOTEBOOK, as_version=4).cells
+    return [("fetch", cell.source) for cell in cells if "fetch" in cell.metadata.get("tags", ())]
+
+
+def small_dataset(folder):
+    """Three drawn smears in BCCD's layout."""
+    return draw_dataset(folder, train=1, val=1, test=1)
+
+
+def test_1_demo_never_draws_over_the_users_folder(place):
+    place.write(DEMO, "print('ran')")
+    place.put("my_data/BCCD/notes.txt", "mine")
+    done = place.run("--demo", "-p", "DATA_DIR=my_data")
+    assert tree(place.folder / "my_data") != {}, done.stdout
+    assert done.returncode == 2 and "--demo and -p DATA_DIR do not go together" in done.stderr
+
+
+def test_1_demo_never_writes_beside_its_output(place):
+    place.write(DEMO, "print('ran')")
+    place.put("../x/BCCD_Dataset/notes.txt", "mine")
+    done = place.run("--demo", "--output", "../x/d.ipynb")
+    assert (place.folder.parent / "x" / "BCCD_Dataset" / "notes.txt").is_file(), done.stdout
+    assert done.returncode == 0, done.stderr
+    assert (place.folder / "runs" / "d" / "BCCD_Dataset" / "BCCD").is_dir()
+
+
+def test_2_a_clone_with_the_users_commits_is_left_alone(place):
+    """Relabelled, committed, and one picture missing: nothing of it may be removed."""
+    mirror = small_dataset(place.folder.parent / "mirror")
+    address = git_repository(mirror)
+    clone = place.folder / "BCCD_Dataset"
+    subprocess.run(["git", "clone", "-q", address, str(clone)], check=True)
+    label, *_ = (clone / "BCCD" / "Annotations").iterdir()
+    label.write_text(label.read_text() + "<!-- relabelled for a week -->")
+    git_repository(clone)
+    (clone / "BCCD" / "JPEGImages" / f"{label.stem}.jpg").unlink()
+    before = tree(clone)
+    place.write(DATA, *fetch_cells())
+    place.run("--dataset-url", address)
+    assert tree(clone) == before
+
+
+def test_3_a_signal_while_the_kernel_ends_is_heard(place):
+    """The kernel takes two seconds to go; Ctrl-C in them must not end in a published page."""
+    slow = "open('closing', 'w').close(); import time; time.sleep(2)"
+    place.write(f"import atexit\natexit.register(lambda: exec({slow!r}))\nprint('registered')")
+    before = place.notebook.read_bytes()
+    process = place.start()
+    place.wait_for("closing")
+    process.send_signal(signal.SIGINT)
+    done = finish(process)
+    assert done.returncode == 130, done.stdout
+    assert place.notebook.read_bytes() == before
+    assert place.kernels() == []
+
+
+def test_4_a_lock_file_is_never_removed(place):
+    """A lock file that its holder removes is held twice: by who waits for it, and by who comes."""
+    place.write(RUNNING + "time.sleep(1)")
+    process = place.start()
+    place.wait_for("running")
+    (lock,) = place.folder.glob("*study.ipynb.lock")
+    held = lock.stat().st_ino
+    assert finish(process).returncode == 0
+    assert lock.exists() and lock.stat().st_ino == held
+
+
+@pytest.mark.parametrize(("error", "code"), [("DatasetError", 4), ("WeightsError", 5)])
+def test_5_the_notebooks_own_faults_have_their_codes(place, error, code):
+    place.write(f"class {error}(ValueError): pass\nraise {error}('mend it')")
+    done = place.run()
+    assert done.returncode == code, done.stderr
+    assert f"failed with {error}: mend it." in done.stderr
+
+
+def test_6_and_7_nothing_is_downloaded_for_a_detector_that_is_reused(place):
+    """Whether it trains, and from what, is the notebook's to say: the runner asks no server."""
+    place.env["VGG16_WEIGHTS_URL"] = "http://127.0.0.1:9/vgg16_features-88682ab5.pth"
+    place.env["TORCH_HOME"] = str(place.folder / "torch")
+    place.write(("parameters", "VGG16_WEIGHTS = ''\nTRAINING = 'auto'\nTRAINING"), "print('ran')")
+    done = place.run()
+    assert done.returncode == 0, done.stderr
+    assert "cannot be fetched" not in done.stdout
+
+
+def test_9_two_runs_that_fetch_at_once_share_the_dataset(place):
+    address = git_repository(small_dataset(place.folder.parent / "mirror"))
+    git = subprocess.run(["which", "git"], capture_output=True, text=True).stdout.strip()
+    place.put("bin/git", f'#!/bin/sh\ncase "$*" in *clone*) sleep 1;; esac\nexec {git} "$@"\n')
+    (place.folder / "bin" / "git").chmod(0o755)
+    place.env["PATH"] = f"{place.folder / 'bin'}{os.pathsep}{place.env['PATH']}"
+    place.write(DATA, *fetch_cells(), "print('ran')")
+    processes = [
+        place.start("--dataset-url", address, "--output", f"{name}.ipynb") for name in ("a", "b")
+    ]
+    for done in map(finish, processes):
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list((place.folder / "BCCD_Dataset" / "BCCD" / "JPEGImages").iterdir())) == 3
+    assert not list(place.folder.glob("*BCCD_Dataset?*"))
+
+
+def test_10_a_killed_run_leaves_no_key_of_its_kernel(place):
+    place.write(RUNNING + "time.sleep(60)")
+    process = place.start()
+    place.wait_for("running")
+    process.kill()
+    finish(process)
+    place.write("print('ran')")
+    assert place.run().returncode == 0
+    assert os.listdir(place.env["TMPDIR"]) == []
+    assert place.left_over() == []
+
+
+def test_11_the_notebook_installs_nothing_behind_the_runners_back(place):
+    """(That --install shows pip at work is in test_runner_faults.py, test_install.)"""
+    place.write("import os\nprint('no install:', os.environ.get('SSD_NO_INSTALL'))")
+    assert place.run().returncode == 0
+    assert outputs(place.notebook) == "no install: 1\n"
+
+
+STAGED = """import os
+from pathlib import Path
+folder = Path(os.environ.get('SSD_STAGING', 'checkpoints'))
+folder.joinpath('best_model.pth').write_bytes(b'new weights')
+folder.joinpath('metrics.json').write_text('new')
+Path('checkpoints/last.pth').write_bytes(b'the training')
+print('ran')"""
+
+
+def test_12_page_weights_and_metrics_change_together(place):
+    """A late failure leaves all three as they were; a good run changes all three."""
+    place.write(PARAMETERS, STAGED, "silent = 1", "silent = 2")
+    before = tree(place.checkpoints)
+    assert place.run().returncode == 9  # too many silent cells
+    after = tree(place.checkpoints)
+    assert {name: data for name, data in after.items() if name.name != "last.pth"} == before
+    place.write(PARAMETERS, STAGED)
+    assert place.run().returncode == 0
+    assert (place.checkpoints / "best_model.pth").read_bytes() == b"new weights"
+    assert (place.checkpoints / "metrics.json").read_text() == "new"
+    assert place.left_over() == []
+
+
+def test_13_an_earlier_runs_outputs_are_not_shown_as_this_ones(place):
+    """No copy of this run can be saved on a full disk; that of a killed run lies there."""
+    place.limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+    place.write("print('x' * 100_000)", "print('still here')\nopen('second', 'w').close()")
+    before = place.notebook.read_bytes()
+    place.put("study.partial.ipynb", before.replace(b"still here", b"long ago"))
+    done = place.run()
+    assert done.returncode == 11, done.stderr
+    assert "warning: the working copy cannot be saved (File too large); going on" in done.stdout
+    assert "error: The result cannot be written (File too large)" in done.stderr
+    assert (place.folder / "second").exists()
+    assert place.notebook.read_bytes() == before and place.left_over() == []
+    assert not [p for p in place.folder.glob("*.ipynb") if b"long ago" in p.read_bytes()]
+
+
+def test_13_a_signal_that_was_to_be_ignored_is(place):
+    """As under nohup, or in the background of a script."""
+    place.limit = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)
+    place.write(RUNNING + "time.sleep(1.5)\nprint('to the end')")
+    process = place.start()
+    place.wait_for("running")
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    done = finish(process)
+    assert done.returncode == 0, done.stderr
+    assert outputs(place.notebook) == "so far\nto the end\n"
+
+
+def test_13_an_exported_run_id_is_not_heard(place):
+    """With another run's number, --fresh would go on with that run."""
+    place.env["SSD_RUN_ID"] = "of another run"
+    place.write("import os\nprint(os.environ['SSD_RUN_ID'] != 'of another run')")
+    assert place.run("--fresh").returncode == 0
+    assert outputs(place.notebook) == "True\n"
+
+
+@pytest.mark.parametrize("cut", [True, False], ids=["cut", "changed"])
+def test_14_a_damaged_detector_is_said_before_the_training(place, cut):
+    path = place.checkpoints / "best_model.pth"
+    torch.save({"weights": torch.arange(1000.0)}, path)
+    place.write(PARAMETERS)
+    assert "damaged" not in place.run().stdout
+    data = path.read_bytes()
+    middle = len(data) // 2
+    changed = data[:middle] + bytes([data[middle] ^ 255]) + data[middle + 1 :]
+    path.write_bytes(data[:middle] if cut else changed)
+    done = place.run()
+    assert done.returncode == 0, done.stderr
+    early = done.stdout.partition("4 execute")[0]
+    assert re.search(r"warning: checkpoints/best_model\.pth is damaged \(.+\)", early)
