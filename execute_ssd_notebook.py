@@ -46,44 +46,42 @@ from argparse import Namespace
 from pathlib import Path
 
 from ssd_runner import packages
-from ssd_runner.console import Console, Ended, Exit, Failure, Signals, duration, one_line
+from ssd_runner.console import Console, Exit, Failure, Signals, duration, one_line
 from ssd_runner.options import read_options
 
 
 def run(options: Namespace, console: Console, signals: Signals) -> None:
     """The six steps; Failure where one of them ends the run."""
     started = time.monotonic()
-    console.line("1 dependencies")
+    console.write("1 dependencies")
     packages.ensure(Path(__file__), console, options.install)
     from ssd_runner import inputs, kernel, plan, publish  # they import what was only now found
 
     job = plan.Job(options, console, signals)
     with job.held():
-        console.line("2 dataset")
+        console.write("2 dataset")
         inputs.dataset(job)
-        console.line("3 weights")
+        console.write("3 weights")
         inputs.weights(job)
-        console.line("4 execute")
+        console.write("4 execute")
         signals.raising = False
         notebook = kernel.execute(job)
         signals.check()
-        console.line("5 validate")
+        console.write("5 validate")
         result = publish.validate(job, notebook)
-        console.line("6 publish")
+        console.write("6 publish")
         publish.publish(job, result)
-    console.line(f"done in {duration(time.monotonic() - started)}: {plan.shown(job.target)}")
+    console.write(f"done in {duration(time.monotonic() - started)}: {job.target}")
 
 
 def check(options: Namespace, console: Console) -> None:
     """--check: the checklist of the notebook as it stands; Failure where a line of it fails."""
-    packages.ensure(Path(__file__), console, options.install, only="nbformat")
+    packages.ensure(Path(__file__), console, options.install)
     from ssd_runner import page
 
-    path = page.find(options.notebook)
-    notebook, data = page.read(path)
+    path, notebook, data = page.read(options.notebook)
     draft = bool(page.code_cells(notebook, page.INJECTED))
-    lines = page.check(notebook, len(data), path.parent, draft, "failure")
-    page.show(console, lines, path.name)
+    page.show(console, page.check(notebook, len(data), path.parent, draft, "failure"), path.name)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -92,12 +90,13 @@ def main(arguments: list[str] | None = None) -> int:
     console, signals = Console(options.quiet), Signals()
     try:
         signals.listen()
-        check(options, console) if options.check else run(options, console, signals)
+        try:
+            check(options, console) if options.check else run(options, console, signals)
+        except KeyboardInterrupt:
+            signals.check()
         return 0
     except Failure as error:
         failure = error
-    except Ended:
-        failure = signals.failure()
     except OSError as error:
         failure = Failure(Exit.STORAGE, f"{error.strerror}: {error.filename or 'no file named'}.")
     except Exception as error:

@@ -6,32 +6,16 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from .console import Exit, Failure, megabytes, one_line
+from .console import Exit, Failure, one_line
 from .page import code_cells
-from .plan import VARIABLES, Job, shown
+from .plan import Job
 
-EXITS = {
-    "DatasetError": Exit.DATASET,
-    "AnnotationError": Exit.DATASET,
-    "WeightsError": Exit.WEIGHTS,
-}
-
-
-def given(job: Job, name: str, option: str) -> tuple[str, Path | None]:
-    """Who names an input, and its path: an option, a variable, or the notebook's constant."""
-    typed = getattr(job.options, option) or job.env.get(VARIABLES[name])
-    if typed and name not in job.values:
-        who = f"--{option}" if getattr(job.options, option) else VARIABLES[name]
-        path = Path(os.path.abspath(os.path.expanduser(typed)))
-        job.env[VARIABLES[name]] = job.relative(path)
-        return who, path
-    return name, job.folder / job.value(name) if job.value(name) else None
+EXITS = {"DatasetError": 4, "AnnotationError": 4, "WeightsError": 5}  # of the notebook's exceptions
 
 
 def dataset(job: Job) -> None:
     """Step 2: draws the demo's smears, or lets the notebook find, clone or unpack the dataset."""
-    who, folder = given(job, "DATA_DIR", "dataset")
-    cells = code_cells(job.notebook, "fetch")
+    folder = job.path("DATA_DIR")
     if job.kind == "images":
         job.console.note("not needed for own images")
     elif job.kind == "demo":
@@ -39,17 +23,12 @@ def dataset(job: Job) -> None:
         from synthetic_bccd import draw_dataset
 
         draw_dataset(folder)  # leaves a folder alone that holds anything else
-        job.console.note(
-            f"smears drawn in {shown(folder)}: nothing that this run shows is a result"
-        )
-    elif who != "DATA_DIR" and not folder.is_dir():
-        raise Failure(Exit.DATASET, f"{who}: there is no folder {folder}; name a copy of BCCD.")
-    elif cells and folder:
-        if job.options.dataset_url:
-            job.env["BCCD_URL"] = job.options.dataset_url
+        job.console.note(f"drawn in {folder}: nothing that this run shows is a result")
+    elif "BCCD_DATASET" in job.env and not folder.is_dir():
+        why = f"There is no folder {folder}: name a copy of BCCD by --dataset or BCCD_DATASET."
+        raise Failure(Exit.DATASET, why)
+    elif cells := code_cells(job.notebook, "fetch"):
         fetch(job, cells, folder)
-    else:
-        job.console.note("the notebook fetches none")
 
 
 def fetch(job: Job, cells: list[Any], folder: Path) -> None:
@@ -62,7 +41,7 @@ def fetch(job: Job, cells: list[Any], folder: Path) -> None:
         for cell in cells:
             exec(compile(cell.source, "<cell tagged fetch>", "exec"), space)
         root = space["dataset_root"](space["fetch_dataset"](folder, url, say=job.console.note))
-        job.console.note(shown(Path(root)))
+        job.console.note(f"{root}")
     except Exception as error:
         codes = [EXITS[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in EXITS]
         if not codes:
@@ -74,19 +53,18 @@ def fetch(job: Job, cells: list[Any], folder: Path) -> None:
 
 def weights(job: Job) -> None:
     """Step 3: a file that is named is there; a damaged detector is said before anybody waits."""
-    who, file = given(job, "VGG16_WEIGHTS", "weights")
+    file = job.path("VGG16_WEIGHTS")
     if file and not file.is_file():
-        why = f"{who}: there is no file {file}; name one with VGG-16's features."
+        why = f"There is no file {file}: name VGG-16's features by --weights or VGG16_WEIGHTS."
         raise Failure(Exit.WEIGHTS, why)
-    said = f"{file.name}, {megabytes(file.stat().st_size)}" if file else "the notebook's own choice"
-    job.console.note(f"VGG-16's features: {said}")
-    best = job.checkpoints and job.checkpoints / "best_model.pth"
-    if best and best.is_file():
+    job.console.note(f"VGG-16's features: {file or 'the notebook chooses'}")
+    best = (job.checkpoints or job.folder) / "best_model.pth"
+    if best.is_file():
         try:
             with zipfile.ZipFile(best) as bundle:  # what torch.save writes
                 bad = bundle.testzip()
         except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
             bad = one_line(error, 60)
         if bad:
-            why = f"{shown(best)} is damaged ({bad}) and cannot be reused"
+            why = f"{best} is damaged ({bad}) and cannot be reused"
             job.console.note(f"warning: {why}: restore it, or this run trains from the start")

@@ -8,19 +8,17 @@ import os
 import re
 import shutil
 import signal
-import sys
 import time
 import uuid
 from typing import Any
 
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
-from nbclient.exceptions import CellExecutionError, DeadKernelError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbconvert.preprocessors import ExecutePreprocessor
-from tqdm import tqdm
 
 from . import files, page
-from .console import Exit, Failure, duration, megabytes, one_line, plural
+from .console import Exit, Failure, duration, one_line
 from .inputs import EXITS
 from .plan import Job
 
@@ -35,34 +33,29 @@ WARNINGS = (  # on the page they name files, not folders of this machine
 
 
 class KernelDied(Exception):
-    """The kernel ended by itself, or a cell ran out of memory."""
-
-    killed = memory = False  # by SIGKILL; by a MemoryError
+    """The kernel ended, or a cell ran out of memory: a sentence, and "killed" or "memory"."""
 
 
 class Executor(ExecutePreprocessor):
-    """nbconvert's executor, which shows messages as they come and joins streams as they grow."""
+    """nbconvert's executor; streams are shown as they come, and joined as they grow."""
 
     def process_message(self, msg: dict, cell: Any, cell_index: int) -> Any:
         """nbclient's, for every message of the running cell."""
-        self.run.message(msg)
-        return super().process_message(msg, cell, cell_index)
-
-    def output(self, outs: list[Any], msg: dict, display_id: Any, cell_index: int) -> Any:
-        """nbclient's, for every output."""
-        if msg["msg_type"] != "stream" or self.output_hook_stack[msg["parent_header"]["msg_id"]]:
-            return super().output(outs, msg, display_id, cell_index)
+        self.run.activity = time.monotonic()
+        if msg["msg_type"] != "stream":
+            return super().process_message(msg, cell, cell_index)
         if self.run.printed > OUTPUT_LIMIT:
             return self.run.kill()  # an interrupt would wait for all that is on its way
-        out = outs[-1] if outs and not self.clear_before_next_output else {}
-        if out.get("name") != msg["content"]["name"]:
-            out = super().output(outs, msg, display_id, cell_index)
-            self.run.printed += len(out["text"])
-            return out
-        text = page.joined(out["text"], msg["content"]["text"])
-        self.run.printed += len(text) - len(out["text"])
-        out["text"] = text
-        return out
+        text = msg["content"]["text"]
+        self.run.hear(text)
+        last = cell.outputs[-1] if cell.outputs and not self.clear_before_next_output else {}
+        if last.get("name") != msg["content"]["name"]:
+            self.run.printed += len(text)
+            return super().process_message(msg, cell, cell_index)
+        text = page.joined(last["text"], text)
+        self.run.printed += len(text) - len(last["text"])
+        last["text"] = text
+        return last
 
 
 class Execution:
@@ -71,18 +64,17 @@ class Execution:
     def __init__(self, job: Job):
         self.job, self.console, self.notebook = job, job.console, copy.deepcopy(job.notebook)
         self.titles = page.titles(self.notebook)
-        code = [n for n, c in enumerate(self.notebook.cells) if c.cell_type == "code" and c.source]
+        cells = enumerate(self.notebook.cells)
+        code = [n for n, cell in cells if cell.cell_type == "code" and cell.source.strip()]
         self.numbers = {index: number for number, index in enumerate(code, 1)}
         self.current: int | None = None  # index of the running cell
         self.fault: Failure | None = None
         self.started = self.activity = self.saved = self.spoken = self.since = 0.0  # monotonic
         self.printed, self.pending, self.last_line, self.unsaved = 0, "", "", False
-        self.km = AsyncKernelManager(
-            kernel_name="python3",
-            kernel_spec_manager=KernelSpecManager(kernel_dirs=[]),  # this interpreter's own
-            connection_file=str(job.work / "connection.json"),
-        )
-        self.client = Executor(timeout=None, iopub_timeout=120, record_timing=False)
+        specs = KernelSpecManager(kernel_dirs=[])  # knows this interpreter's own kernel alone
+        self.km = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=specs)
+        self.km.connection_file = str(job.work / "connection.json")
+        self.client = Executor(timeout=None, iopub_timeout=120, raise_on_iopub_timeout=True)
         self.client.run, self.client.km, self.client.nb = self, self.km, self.notebook
         self.client.log = logging.Logger("silent", logging.CRITICAL + 1)
 
@@ -95,14 +87,13 @@ class Execution:
         try:
             await self.start()
             for index in self.numbers:
-                await self.run_cell(index)
+                self.current = index
+                await self.run_cell(self.notebook.cells[index])
                 if watcher.done():
                     watcher.result()
-        except CellExecutionError as error:
-            raise self.fault or self.cell_failure(error) from None
-        except (DeadKernelError, RuntimeError) as error:
+        except (CellExecutionError, CellTimeoutError, DeadKernelError, RuntimeError) as error:
             fault = self.fault or self.find_fault(time.monotonic())
-            raise fault or self.death(error) from None
+            raise fault or self.explain(error) from None
         finally:
             watcher.cancel()
             await self.shut_down()
@@ -120,51 +111,51 @@ class Execution:
         await self.client.kc.wait_for_ready(timeout=120)
         self.client.kc.allow_stdin = False
 
-    async def run_cell(self, index: int) -> None:
+    async def run_cell(self, cell: Any) -> None:
         """Executes one cell, saves, and says how it went."""
-        cell, self.current = self.notebook.cells[index], index
         self.started = self.activity = time.monotonic()
         self.printed, self.pending, self.last_line = 0, "", ""
-        await self.client.async_execute_cell(cell, index)
+        await self.client.async_execute_cell(cell, self.current)
         if self.fault:  # it survived the interrupt
             raise self.fault
         self.save()
-        took, self.current = time.monotonic() - self.started, None
-        tell = took > 1 or "define" not in page.tags(cell)  # quick definitions: nothing to tell
-        if tell and not self.console.terminal:
-            if self.pending and took > 3:
-                self.console.line(f"    {one_line(page.terminal_text(self.pending), 160)}")
-            made = plural(len(page.join_streams(cell.outputs)), "output")
-            self.console.note(f"{self.head(index)}: {duration(took)}, {made}")
+        took = time.monotonic() - self.started
+        if not self.console.terminal and (took > 1 or "define" not in page.tags(cell)):
+            if took > 3 and self.pending:
+                self.console.note(f"  {one_line(page.terminal_text(self.pending))}")
+            self.console.note(f"{self.where()}: {duration(took)}, outputs: {len(cell.outputs)}")
 
-    def head(self, index: int) -> str:
-        """``[7/40] 3. Dataset``."""
-        return f"[{self.numbers[index]}/{len(self.numbers)}] {self.titles[index] or 'cell'}"
+    def where(self) -> str:
+        """``cell 7 of 40 (3. Dataset)``."""
+        title = f" ({self.titles[self.current]})" if self.titles[self.current] else ""
+        return f"cell {self.numbers[self.current]} of {len(self.numbers)}{title}"
 
-    def message(self, msg: dict) -> None:
-        """A message of the running cell: lines are shown as they are printed."""
-        if msg["msg_type"] not in ("status", "execute_input"):
-            self.activity = time.monotonic()
-        if msg["msg_type"] == "stream":
-            text = page.joined(self.pending, msg["content"]["text"][-100_000:])
-            *lines, self.pending = text.split("\n")
-            for line in filter(None, (page.terminal_text(line).rstrip() for line in lines)):
-                self.last_line = line
-                if not self.console.terminal and self.activity - self.started > 3:
-                    self.console.line(f"    {one_line(line, 160)}")
-                    self.spoken = self.activity
-            self.pending = self.pending[-10_000:]
-            self.last_line = page.terminal_text(self.pending).strip() or self.last_line
+    def hear(self, text: str) -> None:
+        """What a cell printed is shown: the last line on a terminal, else all of a long cell."""
+        *lines, pending = page.joined(self.pending, text[-100_000:]).split("\n")
+        lines = [shown for line in lines if (shown := page.terminal_text(line).strip())]
+        self.pending = pending[-10_000:]
+        shown = page.terminal_text(self.pending).strip()
+        self.last_line = shown or (lines or [self.last_line])[-1]
+        if not self.console.terminal and self.activity - self.started > 3:
+            for line in lines:
+                self.console.note(f"  {one_line(line)}")
+                self.spoken = self.activity
 
     async def watch(self) -> None:
-        """Beside the cells: the bar, the copy on the disk, time limits and signals."""
+        """Beside the cells: what is shown, the copy on the disk, time limits and signals."""
         while True:
             await asyncio.sleep(0.25)
             now = time.monotonic()
-            if self.current is not None:
-                self.show(now)
-                if now - self.saved > SAVE_SECONDS:
-                    self.save()
+            took, said = now - self.started, one_line(self.last_line)
+            if self.current is not None and self.console.terminal:
+                text = f"{self.where()} {duration(took)} {said}"
+                self.console.write(text[: shutil.get_terminal_size().columns - 1], end="")
+            elif self.current is not None and now - max(self.spoken, self.started) > SILENT_SECONDS:
+                self.console.note(f"{self.where()}: running for {duration(took)}: {said}")
+                self.spoken = now
+            if now - self.saved > SAVE_SECONDS:
+                self.save()
             if self.fault and now - self.since > INTERRUPT_SECONDS:
                 self.kill()
             elif not self.fault and (fault := self.find_fault(now)):
@@ -176,86 +167,48 @@ class Execution:
 
     def find_fault(self, now: float) -> Failure | None:
         """A reason to end the run: a signal, a limit of time or of output."""
-        if self.job.signals.received:
-            return self.job.signals.failure()
-        timeout, stall = self.job.options.timeout, self.job.options.stall
-        limits = [
-            (self.printed > OUTPUT_LIMIT, Exit.CELL, f"printed over {megabytes(OUTPUT_LIMIT)}"),
-            (
-                timeout and now - self.started > timeout,
-                Exit.TIMEOUT,
-                f"ran longer than --timeout {timeout} s",
-            ),
-            (
-                stall and now - self.activity > stall,
-                Exit.TIMEOUT,
-                f"printed nothing for --stall {stall} s",
-            ),
-        ]
-        for over, code, what in limits if self.current is not None else []:
-            if over:
-                return Failure(code, f"{self.where()} {what}: look at what it printed last.")
-        return None
-
-    def where(self) -> str:
-        """``Cell 7 of 40 (3. Dataset)``."""
-        title = f" ({self.titles[self.current]})" if self.titles[self.current] else ""
-        return f"Cell {self.numbers[self.current]} of {len(self.numbers)}{title}"
-
-    def show(self, now: float) -> None:
-        """The bar on a terminal; elsewhere a sign of life after a minute of silence."""
-        said = one_line(self.last_line)
-        if self.console.terminal:
-            if self.console.bar is None:
-                form = {"bar_format": "{bar:20} {desc}{elapsed}{postfix}", "leave": False}
-                width, height = shutil.get_terminal_size()
-                form |= {"file": sys.stdout, "ncols": width - 1, "nrows": height}
-                self.console.bar = tqdm(total=len(self.numbers), **form)
-            self.console.bar.n = self.numbers[self.current] - 1
-            self.console.bar.set_description_str(f"{self.head(self.current)} ", refresh=False)
-            self.console.bar.set_postfix_str(said)
-        elif now - max(self.spoken, self.started) > SILENT_SECONDS:
-            took, self.spoken = duration(now - self.started), now
-            self.console.note(f"{self.head(self.current)}: running for {took}: {said}")
+        code, what, options = Exit.TIMEOUT, "", self.job.options
+        if self.job.signals.failure or self.current is None:
+            return self.job.signals.failure
+        if self.printed > OUTPUT_LIMIT:
+            code, what = Exit.CELL, f"printed over {OUTPUT_LIMIT} characters"
+        elif options.timeout and now - self.started > options.timeout:
+            what = f"ran longer than --timeout {options.timeout:g} s"
+        elif options.stall and now - self.activity > options.stall:
+            what = f"printed nothing for --stall {options.stall:g} s"
+        said = f"C{self.where()[1:]} {what}: look at what it printed last."
+        return Failure(code, said) if what else None
 
     def save(self) -> None:
         """The working copy on disk; a full disk is said once and survived."""
         self.saved = time.monotonic()
         try:
-            files.write_file(self.job.partial, page.to_bytes(page.clean(self.notebook)))
+            files.write_file(self.job.partial, page.clean(self.notebook)[1])
         except OSError as error:
             if not self.unsaved:
                 why = f"the working copy cannot be saved ({error.strerror}); going on"
                 self.console.note(f"warning: {why}")
             self.unsaved = True
 
-    def cell_failure(self, error: CellExecutionError) -> Exception:
-        """The failure of a cell, or a lack of memory that a smaller batch may cure."""
-        said = one_line(f"{error.ename}: {error.evalue}").rstrip(" :.")
-        if error.ename not in ("MemoryError", "OutOfMemoryError"):
+    def explain(self, error: Exception) -> Exception:
+        """A cell's failure, or how the kernel ended and what it said last."""
+        if isinstance(error, CellExecutionError):
+            said = one_line(f"{error.ename}: {error.evalue}").rstrip(" :.")
+            if error.ename in ("MemoryError", "OutOfMemoryError"):
+                return KernelDied(f"C{self.where()[1:]} ran out of memory ({said})", "memory")
             code = EXITS.get(error.ename, Exit.CELL)
-            return Failure(code, f"{self.where()} failed with {said}.")
-        death = KernelDied(f"{self.where()} ran out of memory ({said})")
-        death.memory = True
-        return death
-
-    def death(self, error: Exception) -> KernelDied:
-        """How the kernel ended, and what it said last."""
+            return Failure(code, f"C{self.where()[1:]} failed with {said}.")
         code = self.km.provisioner.process.poll() if self.km.has_kernel else None
         how = str(error) if code is None else f"signal {-code}" if code < 0 else f"exit code {code}"
         log = (self.job.work / "kernel.log").read_text("utf-8", errors="replace")
         fatal = re.findall(r"^.*(?:error|fatal|abort|exception).*$", log, re.I | re.M)
         how += f" ({one_line(fatal[-1], 120)})" if fatal else ""
         if self.current is None:
-            return KernelDied(f"The kernel could not be started: {how}")
-        death = KernelDied(f"The kernel died in c{self.where()[1:]}, {how}")
-        death.killed = code == -9
-        return death
+            return KernelDied(f"The kernel could not be started: {how}", "")
+        return KernelDied(f"The kernel died in {self.where()}, {how}", "killed" * (code == -9))
 
     async def shut_down(self) -> None:
         """Ends the kernel and whatever it started, and closes the channels."""
-        if self.console.bar is not None:
-            self.console.bar = self.console.bar.close()
         with contextlib.suppress(Exception):
             if await self.km.is_alive():
                 await asyncio.wait_for(self.km.shutdown_kernel(now=bool(self.fault)), 15)
@@ -266,10 +219,9 @@ class Execution:
 
     def kill(self) -> None:
         """Kills the kernel's process and all that it started, at once."""
-        group = getattr(self.km.provisioner, "pgid", None)
-        with contextlib.suppress(OSError, AttributeError):
-            if group and group != os.getpgrp():
-                os.killpg(group, signal.SIGKILL)
+        with contextlib.suppress(OSError, AttributeError):  # it is gone, or was never there
+            if hasattr(os, "killpg"):
+                os.killpg(self.km.provisioner.pgid, signal.SIGKILL)
             else:
                 self.km.provisioner.process.kill()
 
@@ -280,14 +232,13 @@ def execute(job: Job) -> Any:
         job.env.pop(name, None)
     job.env |= {"SSD_RUN_ID": uuid.uuid4().hex, "SSD_NO_INSTALL": "1"}
     job.env |= {"IPYTHONDIR": str(job.work / "ipython"), "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
-    job.env |= {"SSD_TRAINING": "fresh"} if job.options.fresh else {}
     job.env |= {"SSD_STAGING": job.relative(job.staging)} if job.staging else {}
     for cell in page.code_cells(job.notebook):
         cell["outputs"], cell["execution_count"] = [], None
-    killed, divisor, retries = False, 1, job.options.retries
+    before, divisor, retries = "", 1, job.options.retries
     for attempt in range(retries + 1):
         for folder in filter(None, (job.work, job.staging)):
-            files.remove(folder)
+            shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(mode=0o700, parents=True)
         execution = Execution(job)
         try:
@@ -295,16 +246,15 @@ def execute(job: Job) -> Any:
             break
         except KernelDied as death:
             job.signals.check()
+            what, cause = death.args
             if attempt == retries:
-                tries = f" after {plural(retries, 'restart')}" if retries else ""
-                why = f"{death}{tries}; look at the last output."
+                why = f"{what}, restarts: {retries}; look at the last output."
                 raise Failure(Exit.KERNEL, why) from None
             # a smaller batch changes the last bits: for a lack of memory or a second kill in a row
-            said = ""
-            if death.memory or (killed and death.killed):
+            if cause == "memory" or cause == before == "killed":
                 divisor = min(64, 2 * divisor)
                 job.env["SSD_BATCH_DIVISOR"] = str(divisor)
-                said = f"it looks like memory, so the batch is divided by {divisor}; "
-            killed = death.killed
-            job.console.note(f"{death}; {said}restart {attempt + 1} of {retries}, from the top")
+                what += f"; it looks like memory, so the batch is divided by {divisor}"
+            before = cause
+            job.console.note(f"{what}; restart {attempt + 1} of {retries}, from the top")
     return execution.notebook

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .console import Console, Exit, Failure, plural
+from .console import Console, Exit, Failure
 
 MODULES = {"pillow": "PIL", "opencv-python": "cv2"}  # import names that are not the package's own
 
@@ -40,22 +40,19 @@ def problems(wanted: list[str]) -> dict[str, str]:
     return found
 
 
-def ensure(script: Path, console: Console, may_install: bool, only: str = "") -> None:
-    """Makes sure that the packages in the script's header (only: but one of them) are here.
+def ensure(script: Path, console: Console, may_install: bool) -> None:
+    """Makes sure that the packages in the script's header are here.
 
     may_install: install what is missing, also what is optional. Raises Failure PACKAGES, naming
     all that are missing or too old, and one command.
     """
     needed, optional = requirements(script)
-    if only:
-        needed, optional = [need for need in needed if need.startswith(only)], []
-    wrong = problems(needed + optional * may_install)
-    if wrong and may_install:
+    if may_install and (wrong := problems(needed + optional)):
         console.note(f"{'; '.join(wrong.values())}: installing")
-        command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"]
+        pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"]
         if importlib.util.find_spec("pip") is None and shutil.which("uv"):
-            command = ["uv", "pip", "install", "--python", sys.executable]
-        subprocess.run([*command, *wrong], stdin=subprocess.DEVNULL)  # with its own progress
+            pip = ["uv", "pip", "install", "--python", sys.executable]
+        subprocess.run([*pip, *wrong], stdin=subprocess.DEVNULL)  # shows its own progress
     if wrong := problems(needed):
         command = "python -m pip install " + " ".join(f'"{need}"' for need in wrong)
         what = f"{'; '.join(wrong.values())}: run  {command}  or repeat with --install."
@@ -65,5 +62,5 @@ def ensure(script: Path, console: Console, may_install: bool, only: str = "") ->
     if lacking := problems(optional):
         what = "; ".join(lacking.values())
         console.note(f"warning: {what}; the cells that need them say so (or use --install)")
-    found = plural(len(needed) + len(optional) - len(lacking), "package")
-    console.note(f"{found} found, Python {platform.python_version()}")
+    found = len(needed) + len(optional) - len(lacking)
+    console.note(f"{found} packages found, Python {platform.python_version()}")

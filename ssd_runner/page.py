@@ -1,4 +1,4 @@
-"""The notebook as a file: reading, cleaning, and step 5, the checklist of a page."""
+"""The notebook as a file: reading, cleaning, and the checklist of step 5."""
 
 import copy
 import hashlib
@@ -13,17 +13,14 @@ from typing import Any
 
 sys.modules.setdefault("rfc3987_syntax", None)  # a grammar that takes jsonschema two seconds
 import nbformat  # noqa: E402
-from nbformat.v4 import writes_json  # noqa: E402
 
-from .console import Console, Exit, Failure, megabytes, one_line, plural  # noqa: E402
+from .console import Console, Exit, Failure, one_line  # noqa: E402
 
 NOTEBOOK = "ssd_bccd_detection.ipynb"
 COVERAGE = 90.0  # percent of the code cells that must have outputs
 SIZE_WARNING, SIZE_LIMIT = 2_000_000, 5_000_000  # bytes of the notebook file
 STAMP = "ssd_runner"  # key of the digest in the notebook's metadata
 INJECTED = "injected-parameters"  # papermill's tag
-Line = tuple[str, str, str]  # of the checklist: name, "ok" or "warning" or "failure", measured
-OK = {True: "ok", False: "failure"}
 KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 MACHINE_PATH = (
     r"(?<![\w.:/])(?:/home/[^\s/:]+|/root(?=/)|/Users/[^\s/:]+|/tmp/|/private/|/var/folders/"
@@ -36,24 +33,20 @@ UNSHOWN = {  # what GitHub does not show, by the kinds of an output's data and i
     "an SVG picture without PNG": r"^image/svg|<svg\b",
     "a PDF": "^application/pdf",
 }
+Line = tuple[str, str, str]  # of the checklist: name, "ok" or "warning" or "failure", measured
+OK = {True: "ok", False: "failure"}
 
 
-def find(name: str | None) -> Path:
-    """The notebook that is named, or the project's, here or beside the script."""
+def read(name: str | None) -> tuple[Path, Any, bytes]:
+    """The notebook that is named, or the project's, here or beside the script.
+
+    Returns its path, the notebook (nbformat, version 4) and the file's bytes; Failure NOTEBOOK.
+    """
     beside = Path(__file__).parent.parent / NOTEBOOK
-    return Path(os.path.realpath(name or (NOTEBOOK if Path(NOTEBOOK).is_file() else beside)))
-
-
-def read(path: Path) -> tuple[Any, bytes]:
-    """A notebook (nbformat, version 4) and its file's bytes; Failure NOTEBOOK."""
+    path = Path(os.path.realpath(name or (NOTEBOOK if Path(NOTEBOOK).is_file() else beside)))
     try:
         data = path.read_bytes()
-        text = data.decode("utf-8-sig")
-        if re.search(r"^<<<<<<< ", text, re.M):
-            raise ValueError("conflict marks of a merge are in it")
-        if "nbformat" not in json.loads(text):
-            raise ValueError("no nbformat version in it")
-        notebook = nbformat.reads(text, as_version=4)
+        notebook = nbformat.reads(data.decode("utf-8-sig"), as_version=4)
         nbformat.validate(notebook)
     except OSError as error:
         why = f"There is no notebook {path} ({error.strerror}): name one."
@@ -61,7 +54,7 @@ def read(path: Path) -> tuple[Any, bytes]:
     except Exception as error:  # nbformat raises many kinds
         why = f"{path.name} is not a valid notebook ({one_line(error, 120)}): restore it."
         raise Failure(Exit.NOTEBOOK, why) from None
-    return notebook, data
+    return path, notebook, data
 
 
 def tags(cell: Any) -> set[str]:
@@ -92,51 +85,21 @@ def source_digest(notebook: Any) -> str:
     return hashlib.sha256(json.dumps(sources, ensure_ascii=True).encode()).hexdigest()
 
 
-def terminal_text(text: str) -> str:
-    """What a terminal would show after carriage returns and backspaces."""
-    while "\b" in text and (shorter := re.sub("[^\n\b]\b", "", text)) != text:  # \b: backspace
-        text = shorter
-    if "\r" not in text:
-        return text
-    lines = []
-    for line in text.replace("\r\n", "\n").split("\n"):
-        shown = ""
-        for part in line.split("\r"):
-            plain = re.sub(r"\x1b\[[0-9;]*K", "", part)
-            shown = plain + shown[len(plain) :] if part == plain else plain
-        lines.append(shown.rstrip() if "\r" in line else shown)
-    return "\n".join(lines)
-
-
 def joined(old: str, new: str) -> str:
     """Two pieces of a stream, without what carriage returns hide: a progress bar stays short."""
     text = old + new
-    start, end = text.rfind("\n") + 1, text.rfind("\r")
-    return text[:start] + terminal_text(text[start:end]) + text[end:] if end > start else text
+    start, hidden = text.rfind("\n") + 1, text.rstrip("\r").rfind("\r") + 1
+    return text[:start] + text[max(start, hidden) :]
 
 
-def join_streams(outputs: list[Any]) -> list[Any]:
-    """Outputs with neighbouring streams joined by name, standard output first: order is chance."""
-    result: list[Any] = []
-    stretch: dict[str, Any] = {}  # streams since the last output of another kind
-    for output in copy.deepcopy(outputs):
-        if output.output_type != "stream":
-            stretch = {}
-        elif output.name in stretch:
-            stretch[output.name]["text"] += output["text"]
-            continue
-        else:
-            stretch[output.name] = output
-        place = -1 if output.get("name") == "stdout" and len(stretch) == 2 else len(result)
-        result.insert(place, output)
-    for output in result:
-        if output.output_type == "stream":
-            output["text"] = terminal_text(output["text"])
-    return [output for output in result if output.get("text") != ""]
+def terminal_text(text: str) -> str:
+    """What is left on a terminal after carriage returns."""
+    lines = text.replace("\r\n", "\n").split("\n") if "\r" in text else [text]
+    return "\n".join(n.strip("\r").split("\r")[-1].rstrip() if "\r" in n else n for n in lines)
 
 
-def clean(notebook: Any) -> Any:
-    """A copy without what changes from run to run for nothing, and with the digest's stamp."""
+def clean(notebook: Any) -> tuple[Any, bytes]:
+    """A stamped copy without what changes from run to run for nothing, and its file's bytes."""
     result = copy.deepcopy(notebook)
     result.metadata.pop("widgets", None)
     result.metadata.get("language_info", {}).pop("version", None)
@@ -144,12 +107,29 @@ def clean(notebook: Any) -> Any:
     for cell in code_cells(result):
         cell.metadata.pop("execution", None)
         cell["outputs"] = join_streams(cell.outputs)
-    return result
+    result.metadata[STAMP] = {"source_sha256": source_digest(result)}
+    text = nbformat.v4.writes_json(result)  # nbformat.writes would validate every copy
+    return result, (text.rstrip("\n") + "\n").encode("utf-8")
 
 
-def to_bytes(notebook: Any) -> bytes:
-    """The file's bytes, the same on every system; nbformat.writes would validate every copy."""
-    return (writes_json(notebook).rstrip("\n") + "\n").encode("utf-8")
+def join_streams(outputs: list[Any]) -> list[Any]:
+    """Outputs with neighbouring streams joined by name, standard output first: order is chance."""
+    result: list[Any] = []
+    stretch: dict[str, Any] = {}  # streams since the last output of another kind
+    for output in outputs:
+        if output.output_type != "stream":
+            stretch = {}
+        elif output.name in stretch:
+            stretch[output.name]["text"] += output["text"]
+            continue
+        else:
+            stretch[output.name] = output
+        first = output.get("name") == "stdout" and len(stretch) == 2
+        result.insert(len(result) - first, output)
+    for output in result:
+        if output.output_type == "stream":
+            output["text"] = terminal_text(output["text"])
+    return [output for output in result if output.get("text") != ""]
 
 
 def check(notebook: Any, size: int, folder: Path, draft: bool, paths: str) -> list[Line]:
@@ -162,15 +142,13 @@ def check(notebook: Any, size: int, folder: Path, draft: bool, paths: str) -> li
     stamped = f"digest {digest[:12]}" if stamp else "no digest: not stamped by this script"
     if stamp and stamp != digest:
         stamped += f", stamped {stamp[:12]}: the code was edited after the run, run it again"
-    of_size = "ok" if size <= SIZE_WARNING else "warning" if size <= SIZE_LIMIT else "failure"
-    limits = f"over {SIZE_WARNING // 10**6} warns, over {SIZE_LIMIT // 10**6} fails"
     of_stamp = OK[stamp == digest] if stamp else "warning"
+    of_size = "ok" if size <= SIZE_WARNING else "warning" if size <= SIZE_LIMIT else "failure"
     return [
         *check_cells(code_cells(notebook), "warning" if draft else "failure"),
         ("outputs belong to this code", of_stamp, stamped),
-        ("file saved and small", of_size, f"{megabytes(size)} ({limits})"),
-        check_rendering(notebook),
-        check_paths(notebook, folder, "warning" if draft else paths),
+        (f"file saved, under {SIZE_LIMIT // 10**6} MB", of_size, f"{size / 1e6:.2f} MB"),
+        *check_outputs(notebook, folder, "warning" if draft else paths),
     ]
 
 
@@ -185,52 +163,42 @@ def check_cells(cells: list[Any], silence: str) -> Iterator[Line]:
     counts = [cell.execution_count for cell in cells if cell.source.strip()]
     idle, where = which(lambda cell: cell.source.strip() and cell.execution_count is None)
     measured = f"{len(counts) - idle} of {len(counts)}{where}"
-    yield ("all code cells executed", OK[bool(counts) and not idle], measured)
+    yield "all code cells executed", OK[bool(counts) and not idle], measured
     silent, where = which(lambda cell: not cell.outputs)
     share = 100.0 * (len(cells) - silent) / max(1, len(cells))
     measured = f"{len(cells) - silent} of {len(cells)}, coverage {share:.1f}%{where}"
     name = f"outputs present in {COVERAGE:.0f}% of the code cells"
-    yield (name, "ok" if share >= COVERAGE else silence, measured)
+    yield name, "ok" if share >= COVERAGE else silence, measured
     failed, where = which(lambda cell: any(o.output_type == "error" for o in cell.outputs))
-    yield ("no errors", OK[not failed], plural(failed, "error") + where)
+    yield "no errors", OK[not failed], f"{failed} errors{where}"
     ordered = counts == list(range(1, len(counts) + 1))
     measured = f"1 to {len(counts)}" if ordered else one_line(f"counts {counts}", 80)
-    yield ("executed in order", OK[ordered], measured)
+    yield "executed in order", OK[ordered], measured
 
 
-def outputs(notebook: Any) -> Iterator[tuple[str, Any]]:
-    """(``code cell 3``, output) of all outputs."""
-    for number, cell in enumerate(code_cells(notebook), 1):
-        yield from ((f"code cell {number}", output) for output in cell.outputs)
-
-
-def check_rendering(notebook: Any) -> Line:
-    """Nothing that GitHub cannot show."""
-    widgets = notebook.metadata.get("widgets", {}).values()
-    bad = [] if all("state" in value for value in widgets) else ["widget metadata without state"]
-    for where, output in outputs(notebook):
-        text = "\n".join([*(data := output.get("data", {})), str(data.get("text/html", ""))])
-        if not re.search(r"^image/(png|jpeg|gif)$", text, re.M):
-            found = (what for what, sign in UNSHOWN.items() if re.search(sign, text, re.I | re.M))
-            bad += [f"{what} in {where}" for what in found]
-    return ("GitHub can show it", OK[not bad], one_line("; ".join(bad), 120) or "all of it")
-
-
-def check_paths(notebook: Any, folder: Path, verdict: str) -> Line:
-    """No output names a folder of this machine; on standard error it only warns."""
+def check_outputs(notebook: Any, folder: Path, verdict: str) -> Iterator[Line]:
+    """Nothing that GitHub cannot show, and no folder of this machine; folder, verdict: `check`."""
     own = {str(folder), os.path.expanduser("~"), sys.prefix, tempfile.gettempdir()}
     own = {re.escape(name) for name in own - {"/usr/local"} if len(name) > 4}
     pattern = re.compile(rf"{MACHINE_PATH}|(?<![\w.:/])(?:{'|'.join(own)})(?![\w.-])")
     found, warned = [], []
-    for where, output in outputs(notebook):
-        data = output.get("data", {}).items()
-        texts = [str(value) for kind, value in data if not kind.startswith("image/")]
+    widgets = notebook.metadata.get("widgets", {}).values()
+    unshown = ["widget metadata without state"] * any("state" not in value for value in widgets)
+    cells = enumerate(code_cells(notebook), 1)
+    for number, output in ((n, output) for n, cell in cells for output in cell.outputs):
+        data = output.get("data", {})
+        text = "\n".join([*data, str(data.get("text/html", ""))])
+        if not re.search(r"^image/(png|jpeg|gif)$", text, re.M):
+            what = [name for name, sign in UNSHOWN.items() if re.search(sign, text, re.I | re.M)]
+            unshown += [f"{name} in code cell {number}" for name in what]
+        texts = [str(value) for kind, value in data.items() if not kind.startswith("image/")]
         texts += [output.get("text", ""), output.get("evalue", ""), *output.get("traceback", [])]
-        if hit := pattern.search("\n".join(texts)):
+        if hit := pattern.search("\n".join(texts)):  # in a library's warning it only warns
             kind = warned if output.get("name") == "stderr" else found
-            kind.append(f"{hit[0]!r} in {where}")
-    said = one_line("; ".join(found + warned), 160) or "none"
-    return "no paths of one machine", verdict if found else "warning" if warned else "ok", said
+            kind.append(f"{hit[0]!r} in code cell {number}")
+    yield "GitHub can show it", OK[not unshown], one_line("; ".join(unshown)) or "all of it"
+    verdict = verdict if found else "warning" if warned else "ok"
+    yield "no paths of one machine", verdict, one_line("; ".join(found + warned)) or "none"
 
 
 def show(console: Console, lines: list[Line], name: str) -> None:
@@ -238,8 +206,7 @@ def show(console: Console, lines: list[Line], name: str) -> None:
     signs = {"ok": "✓", "warning": "!", "failure": "✗"}
     if "utf" not in (sys.stdout.encoding or "").lower():
         signs = {"ok": "[x]", "warning": "[!]", "failure": "[ ]"}
-    width = max(len(title) for title, _, _ in lines)
     for title, verdict, measured in lines:
-        console.note(f"{signs[verdict]} {title:<{width}}  {measured}")
+        console.note(f"{signs[verdict]} {title:<42}  {measured}")
     if failed := [f"{title}: {said}" for title, verdict, said in lines if verdict == "failure"]:
         raise Failure(Exit.VALIDATION, f"{name} does not pass: {'; '.join(failed)}.")

@@ -3,7 +3,6 @@
 import ast
 import contextlib
 import difflib
-import math
 from typing import Any
 
 import nbformat
@@ -18,29 +17,28 @@ def constants(notebook: Any) -> dict[str, Any]:
     None: not a constant; such a parameter takes any value, like one that is None.
     """
     found: dict[str, Any] = {}
-    for cell in code_cells(notebook, "parameters"):
-        with contextlib.suppress(SyntaxError):
-            for node in ast.parse(cell.source).body:
-                if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
-                    value = None
-                    with contextlib.suppress(ValueError):
-                        value = ast.literal_eval(node.value)
-                    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                    found |= {name.id: value for name in targets if isinstance(name, ast.Name)}
+    sources = [cell.source for cell in code_cells(notebook, "parameters")]
+    with contextlib.suppress(SyntaxError):  # the kernel will say so
+        for node in ast.parse("\n".join(sources)).body:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                found[node.targets[0].id] = None
+                with contextlib.suppress(ValueError):
+                    found[node.targets[0].id] = ast.literal_eval(node.value)
     return found
 
 
-def fit(value: Any, default: Any) -> Any:
-    """The value in the default's type; ValueError where it is of another."""
-    kind, good = type(default), isinstance(value, type(default))
-    if default is None:
-        return value
-    if kind is float and isinstance(value, int):
-        value, good = float(value), not isinstance(value, bool)
-    elif kind in (list, tuple) and isinstance(value, (list, tuple)):
-        alike = len({type(item) for item in default}) == 1
-        value, good = kind(fit(item, default[0]) if alike else item for item in value), True
-    if not good or (kind is int and isinstance(value, bool)) or value in (math.inf, -math.inf):
+def convert(text: str, default: Any) -> Any:
+    """A typed value in the type of the notebook's own; ValueError where it is of another."""
+    try:
+        value = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    kind = type(default)
+    if kind is str and text[:1] not in ("'", '"'):
+        return text  # needs no quotes, also where it looks like a number
+    if (kind is float and type(value) is int) or {kind, type(value)} == {list, tuple}:
+        value = kind(value)
+    if default is not None and type(value) is not kind or str(value) in ("inf", "-inf"):
         raise ValueError
     return value
 
@@ -57,17 +55,12 @@ def overrides(pairs: list[str], known: dict[str, Any]) -> dict[str, Any]:
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}."
             raise Failure(Exit.USAGE, f"-p {name}: the notebook has no such parameter; {hint}")
         try:
-            value = ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
-        if isinstance(known[name], str) and text[:1] not in ("'", '"'):
-            value = text  # a text needs no quotes, also where it looks like a number
-        try:
-            result[name] = fit(value, known[name])
+            result[name] = convert(text, known[name])
         except (ValueError, OverflowError):
-            kind = type(known[name]).__name__
-            why = f"-p {name}: {text!r} is no {kind}, like the notebook's {known[name]!r}."
-            raise Failure(Exit.USAGE, why) from None
+            why = (
+                f"{text!r} is no {type(known[name]).__name__}, like the notebook's {known[name]!r}."
+            )
+            raise Failure(Exit.USAGE, f"-p {name}: {why}") from None
     return result
 
 

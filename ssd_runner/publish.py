@@ -1,20 +1,20 @@
 """Steps 5 and 6: the result is checked, then the page and what belongs to it change together."""
 
+import os
+import shutil
 from typing import Any
 
 import nbformat
 from nbconvert import HTMLExporter
 
 from . import files, page
-from .console import Exit, Failure, megabytes, one_line
-from .plan import Job, shown
+from .console import Exit, Failure, one_line
+from .plan import Job
 
 
 def validate(job: Job, notebook: Any) -> Any:
     """Step 5: the clean and stamped page, written beside its place. Failure VALIDATION, STORAGE."""
-    result = page.clean(notebook)
-    result.metadata[page.STAMP] = {"source_sha256": page.source_digest(result)}
-    content = page.to_bytes(result)
+    result, content = page.clean(notebook)
     try:
         files.write_file(job.partial, content)
         nbformat.validate(result)
@@ -36,20 +36,23 @@ def publish(job: Job, result: Any) -> None:
         if not job.source.is_file() or job.source.read_bytes() != job.data:
             why = f"{job.source.name} was edited during the run and is left alone: run it again."
             raise Failure(Exit.VALIDATION, why)
-    pairs = [(job.partial, job.target)]
+    pairs = [(job.partial, job.target)]  # first: what is open elsewhere fails before the rest
     if job.options.html:
         name = {"metadata": {"name": job.target.stem}}
         text, _ = HTMLExporter().from_notebook_node(result, name)
-        pairs.insert(0, (job.work / "page.html", job.target.with_suffix(".html")))
-        files.write_file(pairs[0][0], text.encode("utf-8"))
+        pairs.append((job.work / "page.html", job.target.with_suffix(".html")))
+        pairs[-1][0].write_text(text, encoding="utf-8")
     if job.staging:
-        pairs = [(file, job.checkpoints / file.name) for file in job.staging.iterdir()] + pairs
+        pairs += [(file, job.checkpoints / file.name) for file in job.staging.iterdir()]
     job.signals.check()  # the last moment: the renames are not interrupted
     try:
-        files.replace_together(pairs)
+        for new, old in pairs:
+            if old.exists():
+                shutil.copymode(old, new)
+            os.replace(new, old)
     except OSError as error:
-        why = f"{job.target.name} cannot be replaced ({error.strerror}): close it elsewhere."
+        why = f"{old.name} cannot be replaced ({error.strerror}): close it elsewhere."
         raise Failure(Exit.STORAGE, why) from None
     job.failed.unlink(missing_ok=True)
     for _, file in pairs:
-        job.console.note(f"{shown(file)}, {megabytes(file.stat().st_size)}")
+        job.console.note(f"{file.name}, {file.stat().st_size / 1e6:.2f} MB")
