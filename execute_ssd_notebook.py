@@ -35,22 +35,18 @@ Exit codes: 0 done, or --check found nothing wrong; 1 an error in this script; 2
 8 --timeout or --stall; 9 the result did not pass, or the notebook was edited meanwhile;
 10 no notebook; 11 disk space or a place that cannot be written; 12 another run works here;
 129, 130, 143 ended by SIGHUP, SIGINT (Ctrl-C), SIGTERM.
-
-Tried on Linux.
 """
 
 import sys
 import time
 import traceback
-from argparse import Namespace
 from pathlib import Path
 
 from ssd_runner import packages
-from ssd_runner.console import Console, Exit, Failure, Signals, duration, one_line
-from ssd_runner.options import read_options
+from ssd_runner.console import Console, Exit, Failure, Signals, one_line, read_options
 
 
-def run(options: Namespace, console: Console, signals: Signals) -> None:
+def run(options, console: Console, signals: Signals) -> None:
     """The six steps; Failure where one of them ends the run."""
     started = time.monotonic()
     console.write("1 dependencies")
@@ -71,10 +67,10 @@ def run(options: Namespace, console: Console, signals: Signals) -> None:
         result = publish.validate(job, notebook)
         console.write("6 publish")
         publish.publish(job, result)
-    console.write(f"done in {duration(time.monotonic() - started)}: {job.target}")
+    console.write(f"done in {(time.monotonic() - started) / 60:.1f} min: {job.target}")
 
 
-def check(options: Namespace, console: Console) -> None:
+def check(options, console: Console) -> None:
     """--check: the checklist of the notebook as it stands; Failure where a line of it fails."""
     packages.ensure(Path(__file__), console, options.install)
     from ssd_runner import page
@@ -90,13 +86,12 @@ def main(arguments: list[str] | None = None) -> int:
     console, signals = Console(options.quiet), Signals()
     try:
         signals.listen()
-        try:
-            check(options, console) if options.check else run(options, console, signals)
-        except KeyboardInterrupt:
-            signals.check()
+        check(options, console) if options.check else run(options, console, signals)
         return 0
     except Failure as error:
         failure = error
+    except KeyboardInterrupt:
+        failure = signals.failure
     except OSError as error:
         failure = Failure(Exit.STORAGE, f"{error.strerror}: {error.filename or 'no file named'}.")
     except Exception as error:

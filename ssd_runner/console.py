@@ -1,11 +1,11 @@
-"""What a run says, how it ends, and the signals that ask for it; the standard library alone."""
+"""What a run is asked, what it says and how it ends; the standard library alone."""
 
+import argparse
 import os
 import re
 import signal
 import sys
 from enum import IntEnum
-from typing import Any
 
 
 class Exit(IntEnum):
@@ -26,9 +26,8 @@ class Failure(Exception):
 class Signals:
     """Ctrl-C, SIGTERM, SIGHUP: the first ends the run in order, the second kills the kernel.
 
-    While `raising` (the first three steps) the first one raises KeyboardInterrupt where the
-    program stands. Later it is only noted, as nothing may be raised inside the kernel's event
-    loop: its watcher looks at `failure`, and `check` stands between the steps.
+    While `raising` (the first three steps) the first one raises KeyboardInterrupt. Later, in the
+    kernel's event loop, it is only noted: the watcher there and `check` look at `failure`.
     """
 
     raising, failure = True, None
@@ -41,7 +40,7 @@ class Signals:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self.handle)
 
-    def handle(self, number: int, frame: Any) -> None:
+    def handle(self, number: int, frame) -> None:
         """What the system calls."""
         if self.failure:
             return self.kill()
@@ -85,6 +84,32 @@ def one_line(text: object, limit: int = 160) -> str:
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
-def duration(seconds: float) -> str:
-    """``8.1 s`` or ``12.4 min``."""
-    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
+def read_options(arguments: list[str] | None, below: str) -> argparse.Namespace:
+    """The options of this call; below: text that ends --help."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [NOTEBOOK] [options]",
+        description="Run the notebook from beginning to end, check the result and publish it.",
+        epilog=below,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 22, 100),
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    yes = {"action": "store_true"}
+    add("notebook", nargs="?", metavar="NOTEBOOK", help="default: ssd_bccd_detection.ipynb")
+    add("--check", **yes, help="check the notebook as it stands, run nothing")
+    add("--demo", **yes, help="the whole notebook on drawn smears, no download, in runs/demo")
+    add("-p", dest="param", metavar="NAME=VALUE", action="append", default=[], help="a constant")
+    add("--dataset", metavar="DIR", help="an existing copy of the dataset (also BCCD_DATASET)")
+    add("--dataset-url", metavar="URL", help="another git mirror (also BCCD_URL)")
+    add("--weights", metavar="FILE", help="VGG-16's features from a file (also VGG16_WEIGHTS)")
+    add("--images", metavar="DIR", help="only count the cells in a folder of your own pictures")
+    add("--results", metavar="DIR", help="where the results of --images go")
+    add("--output", metavar="NB", help="write the executed notebook there")
+    add("--html", **yes, help="also write it as a page")
+    add("--fresh", **yes, help="train from the start, whatever checkpoints there are")
+    add("--install", **yes, help="install missing packages")
+    add("--retries", type=int, default=3, metavar="N", help="restarts of a dead kernel: 3")
+    add("--timeout", type=float, metavar="S", help="seconds that a cell may take")
+    add("--stall", type=float, metavar="S", help="seconds that a cell may stay silent")
+    add("--quiet", **yes, help="say nothing but errors")
+    return parser.parse_args(arguments)

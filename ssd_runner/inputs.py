@@ -4,7 +4,6 @@ import os
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any
 
 from .console import Exit, Failure, one_line
 from .page import code_cells
@@ -31,9 +30,9 @@ def dataset(job: Job) -> None:
         fetch(job, cells, folder)
 
 
-def fetch(job: Job, cells: list[Any], folder: Path) -> None:
+def fetch(job: Job, cells, folder: Path) -> None:
     """Executes the cells tagged `fetch`, which need the standard library only; Failure DATASET."""
-    space: dict[str, Any] = {"print": lambda *words: job.console.note(" ".join(map(str, words)))}
+    space = {"print": lambda *words: job.console.note(" ".join(map(str, words)))}
     url = job.env.get("BCCD_URL") or job.value("DATASET_URL")
     here = os.getcwd()
     try:
@@ -59,12 +58,10 @@ def weights(job: Job) -> None:
         raise Failure(Exit.WEIGHTS, why)
     job.console.note(f"VGG-16's features: {file or 'the notebook chooses'}")
     best = (job.checkpoints or job.folder) / "best_model.pth"
-    if best.is_file():
-        try:
-            with zipfile.ZipFile(best) as bundle:  # what torch.save writes
-                bad = bundle.testzip()
-        except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
-            bad = one_line(error, 60)
-        if bad:
-            why = f"{best} is damaged ({bad}) and cannot be reused"
-            job.console.note(f"warning: {why}: restore it, or this run trains from the start")
+    try:  # torch.save writes a zip archive
+        bad = zipfile.ZipFile(best).testzip() if best.is_file() else None
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
+        bad = error
+    if bad:
+        why = f"{best} is damaged ({bad}) and cannot be reused"
+        job.console.note(f"warning: {why}: restore it, or this run trains from the start")

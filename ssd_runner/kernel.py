@@ -7,18 +7,16 @@ import logging
 import os
 import re
 import shutil
-import signal
 import time
 import uuid
-from typing import Any
 
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbconvert.preprocessors import ExecutePreprocessor
 
-from . import files, page
-from .console import Exit, Failure, duration, one_line
+from . import page
+from .console import Exit, Failure, one_line
 from .inputs import EXITS
 from .plan import Job
 
@@ -26,10 +24,12 @@ SAVE_SECONDS = 30.0  # a long cell is saved this often
 INTERRUPT_SECONDS = 6.0  # a cell may take this long to end after an interrupt
 SILENT_SECONDS = 60.0  # without a terminal: a sign of life after so much silence
 OUTPUT_LIMIT = 8_000_000  # characters of text in one cell: more than a whole page may have
-WARNINGS = (  # on the page they name files, not folders of this machine
-    "__import__('warnings').formatwarning = lambda message, category, filename, lineno, line=None: "
-    "f'{__import__(\"os\").path.basename(filename)}:{lineno}: {category.__name__}: {message}\\n'"
-)
+ARGUMENTS = [  # warnings on the page name files, not folders of this machine
+    "--HistoryManager.hist_file=:memory:",
+    "--InteractiveShellApp.exec_lines=__import__('warnings').formatwarning = "
+    "lambda text, kind, file, line, source=None: "
+    "f'{file.rpartition(\"/\")[2]}:{line}: {kind.__name__}: {text}\\n'",
+]
 
 
 class KernelDied(Exception):
@@ -39,14 +39,14 @@ class KernelDied(Exception):
 class Executor(ExecutePreprocessor):
     """nbconvert's executor; streams are shown as they come, and joined as they grow."""
 
-    def process_message(self, msg: dict, cell: Any, cell_index: int) -> Any:
+    def process_message(self, msg, cell, cell_index: int):
         """nbclient's, for every message of the running cell."""
         self.run.activity = time.monotonic()
         if msg["msg_type"] != "stream":
             return super().process_message(msg, cell, cell_index)
         if self.run.printed > OUTPUT_LIMIT:
             return self.run.kill()  # an interrupt would wait for all that is on its way
-        text = msg["content"]["text"]
+        text = msg["content"]["text"] = msg["content"]["text"][: OUTPUT_LIMIT + 1]
         self.run.hear(text)
         last = cell.outputs[-1] if cell.outputs and not self.clear_before_next_output else {}
         if last.get("name") != msg["content"]["name"]:
@@ -63,10 +63,11 @@ class Execution:
 
     def __init__(self, job: Job):
         self.job, self.console, self.notebook = job, job.console, copy.deepcopy(job.notebook)
-        self.titles = page.titles(self.notebook)
-        cells = enumerate(self.notebook.cells)
-        code = [n for n, cell in cells if cell.cell_type == "code" and cell.source.strip()]
-        self.numbers = {index: number for number, index in enumerate(code, 1)}
+        cells = enumerate(zip(self.notebook.cells, page.titles(self.notebook), strict=True))
+        code = [(n, t) for n, (c, t) in cells if c.cell_type == "code" and c.source.strip()]
+        self.names = {}  # by the position among all cells
+        for number, (index, title) in enumerate(code, 1):
+            self.names[index] = f"cell {number} of {len(code)}" + (f" ({title})" if title else "")
         self.current: int | None = None  # index of the running cell
         self.fault: Failure | None = None
         self.started = self.activity = self.saved = self.spoken = self.since = 0.0  # monotonic
@@ -85,8 +86,15 @@ class Execution:
         watcher = loop.create_task(self.watch())
         self.job.signals.kill = self.kill
         try:
-            await self.start()
-            for index in self.numbers:
+            with open(self.job.work / "kernel.log", "wb") as log:  # the last words of a crash
+                place = {"cwd": str(self.job.folder), "env": self.job.env}
+                place |= {"extra_arguments": ARGUMENTS, "stdout": log, "stderr": log}
+                await self.km.start_kernel(**place)
+            self.client.kc = self.km.client()
+            self.client.kc.start_channels()
+            await self.client.kc.wait_for_ready(timeout=120)
+            self.client.kc.allow_stdin = False
+            for index in self.names:
                 self.current = index
                 await self.run_cell(self.notebook.cells[index])
                 if watcher.done():
@@ -99,19 +107,7 @@ class Execution:
             await self.shut_down()
             self.save()
 
-    async def start(self) -> None:
-        """Starts the kernel's process; RuntimeError if it does not answer."""
-        arguments = ["--HistoryManager.hist_file=:memory:"]
-        arguments += [f"--InteractiveShellApp.exec_lines={WARNINGS}"]
-        kernel = {"extra_arguments": arguments, "cwd": str(self.job.folder), "env": self.job.env}
-        with open(self.job.work / "kernel.log", "wb") as log:  # the last words of a crash
-            await self.km.start_kernel(**kernel, stdout=log, stderr=log)
-        self.client.kc = self.km.client()
-        self.client.kc.start_channels()
-        await self.client.kc.wait_for_ready(timeout=120)
-        self.client.kc.allow_stdin = False
-
-    async def run_cell(self, cell: Any) -> None:
+    async def run_cell(self, cell) -> None:
         """Executes one cell, saves, and says how it went."""
         self.started = self.activity = time.monotonic()
         self.printed, self.pending, self.last_line = 0, "", ""
@@ -121,14 +117,8 @@ class Execution:
         self.save()
         took = time.monotonic() - self.started
         if not self.console.terminal and (took > 1 or "define" not in page.tags(cell)):
-            if took > 3 and self.pending:
-                self.console.note(f"  {one_line(page.terminal_text(self.pending))}")
-            self.console.note(f"{self.where()}: {duration(took)}, outputs: {len(cell.outputs)}")
-
-    def where(self) -> str:
-        """``cell 7 of 40 (3. Dataset)``."""
-        title = f" ({self.titles[self.current]})" if self.titles[self.current] else ""
-        return f"cell {self.numbers[self.current]} of {len(self.numbers)}{title}"
+            said = f"{took:.1f} s, outputs: {len(cell.outputs)}"
+            self.console.note(f"{self.names[self.current]}: {said}")
 
     def hear(self, text: str) -> None:
         """What a cell printed is shown: the last line on a terminal, else all of a long cell."""
@@ -149,10 +139,10 @@ class Execution:
             now = time.monotonic()
             took, said = now - self.started, one_line(self.last_line)
             if self.current is not None and self.console.terminal:
-                text = f"{self.where()} {duration(took)} {said}"
+                text = f"{self.names[self.current]} {took:.1f} s {said}"
                 self.console.write(text[: shutil.get_terminal_size().columns - 1], end="")
             elif self.current is not None and now - max(self.spoken, self.started) > SILENT_SECONDS:
-                self.console.note(f"{self.where()}: running for {duration(took)}: {said}")
+                self.console.note(f"{self.names[self.current]}: running for {took:.1f} s: {said}")
                 self.spoken = now
             if now - self.saved > SAVE_SECONDS:
                 self.save()
@@ -176,14 +166,14 @@ class Execution:
             what = f"ran longer than --timeout {options.timeout:g} s"
         elif options.stall and now - self.activity > options.stall:
             what = f"printed nothing for --stall {options.stall:g} s"
-        said = f"C{self.where()[1:]} {what}: look at what it printed last."
+        said = f"C{self.names[self.current][1:]} {what}: look at what it printed last."
         return Failure(code, said) if what else None
 
     def save(self) -> None:
         """The working copy on disk; a full disk is said once and survived."""
         self.saved = time.monotonic()
         try:
-            files.write_file(self.job.partial, page.clean(self.notebook)[1])
+            page.write(self.notebook, self.job.partial)
         except OSError as error:
             if not self.unsaved:
                 why = f"the working copy cannot be saved ({error.strerror}); going on"
@@ -195,9 +185,11 @@ class Execution:
         if isinstance(error, CellExecutionError):
             said = one_line(f"{error.ename}: {error.evalue}").rstrip(" :.")
             if error.ename in ("MemoryError", "OutOfMemoryError"):
-                return KernelDied(f"C{self.where()[1:]} ran out of memory ({said})", "memory")
+                return KernelDied(
+                    f"C{self.names[self.current][1:]} ran out of memory ({said})", "memory"
+                )
             code = EXITS.get(error.ename, Exit.CELL)
-            return Failure(code, f"C{self.where()[1:]} failed with {said}.")
+            return Failure(code, f"C{self.names[self.current][1:]} failed with {said}.")
         code = self.km.provisioner.process.poll() if self.km.has_kernel else None
         how = str(error) if code is None else f"signal {-code}" if code < 0 else f"exit code {code}"
         log = (self.job.work / "kernel.log").read_text("utf-8", errors="replace")
@@ -205,7 +197,9 @@ class Execution:
         how += f" ({one_line(fatal[-1], 120)})" if fatal else ""
         if self.current is None:
             return KernelDied(f"The kernel could not be started: {how}", "")
-        return KernelDied(f"The kernel died in {self.where()}, {how}", "killed" * (code == -9))
+        return KernelDied(
+            f"The kernel died in {self.names[self.current]}, {how}", "killed" * (code == -9)
+        )
 
     async def shut_down(self) -> None:
         """Ends the kernel and whatever it started, and closes the channels."""
@@ -220,13 +214,11 @@ class Execution:
     def kill(self) -> None:
         """Kills the kernel's process and all that it started, at once."""
         with contextlib.suppress(OSError, AttributeError):  # it is gone, or was never there
-            if hasattr(os, "killpg"):
-                os.killpg(self.km.provisioner.pgid, signal.SIGKILL)
-            else:
-                self.km.provisioner.process.kill()
+            group, process = self.km.provisioner.pgid, self.km.provisioner.process
+            os.killpg(group, 9) if group else process.kill()  # 9: SIGKILL
 
 
-def execute(job: Job) -> Any:
+def execute(job: Job):
     """Step 4: the executed notebook; Failure for a bad cell, or a kernel that kept dying."""
     for name in ("MPLBACKEND", "PYTHONSTARTUP", "SSD_BATCH_DIVISOR"):  # would change the page
         job.env.pop(name, None)

@@ -41,10 +41,9 @@ def problems(wanted: list[str]) -> dict[str, str]:
 
 
 def ensure(script: Path, console: Console, may_install: bool) -> None:
-    """Makes sure that the packages in the script's header are here.
+    """Makes sure that the packages in the script's header are here; installs them if it may.
 
-    may_install: install what is missing, also what is optional. Raises Failure PACKAGES, naming
-    all that are missing or too old, and one command.
+    Failure PACKAGES names all that are missing or too old, and one command.
     """
     needed, optional = requirements(script)
     if may_install and (wrong := problems(needed + optional)):

@@ -7,9 +7,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 sys.modules.setdefault("rfc3987_syntax", None)  # a grammar that takes jsonschema two seconds
 import nbformat  # noqa: E402
@@ -33,21 +31,19 @@ UNSHOWN = {  # what GitHub does not show, by the kinds of an output's data and i
     "an SVG picture without PNG": r"^image/svg|<svg\b",
     "a PDF": "^application/pdf",
 }
-Line = tuple[str, str, str]  # of the checklist: name, "ok" or "warning" or "failure", measured
 OK = {True: "ok", False: "failure"}
 
 
-def read(name: str | None) -> tuple[Path, Any, bytes]:
-    """The notebook that is named, or the project's, here or beside the script.
-
-    Returns its path, the notebook (nbformat, version 4) and the file's bytes; Failure NOTEBOOK.
-    """
+def read(name: str | None):
+    """Path, content and bytes of the notebook that is named, else the project's; NOTEBOOK."""
     beside = Path(__file__).parent.parent / NOTEBOOK
     path = Path(os.path.realpath(name or (NOTEBOOK if Path(NOTEBOOK).is_file() else beside)))
     try:
         data = path.read_bytes()
         notebook = nbformat.reads(data.decode("utf-8-sig"), as_version=4)
         nbformat.validate(notebook)
+        if not any(cell.source.strip() for cell in code_cells(notebook)):
+            raise ValueError("it has no code")
     except OSError as error:
         why = f"There is no notebook {path} ({error.strerror}): name one."
         raise Failure(Exit.NOTEBOOK, why) from None
@@ -57,29 +53,28 @@ def read(name: str | None) -> tuple[Path, Any, bytes]:
     return path, notebook, data
 
 
-def tags(cell: Any) -> set[str]:
+def tags(cell) -> set[str]:
     """A cell's tags."""
     return set(cell.metadata.get("tags", []))
 
 
-def code_cells(notebook: Any, tag: str = "") -> list[Any]:
+def code_cells(notebook, tag: str = ""):
     """The code cells, or those with a tag, in order."""
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     return [cell for cell in cells if tag in tags(cell)] if tag else cells
 
 
-def titles(notebook: Any) -> list[str]:
+def titles(notebook) -> list[str]:
     """For every cell the nearest heading ``## ...`` at or above it."""
     result, title = [], ""
     for cell in notebook.cells:
         text = cell.source if cell.cell_type == "markdown" else ""
-        for found in re.findall(r"^##\s+(.+?)\s*#*\s*$", text, re.M):
-            title = re.sub(r"[*_`]", "", found)
+        title = re.sub(r"[*_`]", "", [title, *re.findall(r"^##\s+(.+?)\s*$", text, re.M)][-1])
         result.append(title)
     return result
 
 
-def source_digest(notebook: Any) -> str:
+def source_digest(notebook) -> str:
     """SHA-256 over the sources of all code cells, in order."""
     sources = [cell.source.replace("\r\n", "\n") for cell in code_cells(notebook)]
     return hashlib.sha256(json.dumps(sources, ensure_ascii=True).encode()).hexdigest()
@@ -98,8 +93,11 @@ def terminal_text(text: str) -> str:
     return "\n".join(n.strip("\r").split("\r")[-1].rstrip() if "\r" in n else n for n in lines)
 
 
-def clean(notebook: Any) -> tuple[Any, bytes]:
-    """A stamped copy without what changes from run to run for nothing, and its file's bytes."""
+def write(notebook, path: Path):
+    """Writes a stamped copy without what changes for nothing, whole or not at all (OSError).
+
+    Returns the copy, and its size in bytes.
+    """
     result = copy.deepcopy(notebook)
     result.metadata.pop("widgets", None)
     result.metadata.get("language_info", {}).pop("version", None)
@@ -109,13 +107,20 @@ def clean(notebook: Any) -> tuple[Any, bytes]:
         cell["outputs"] = join_streams(cell.outputs)
     result.metadata[STAMP] = {"source_sha256": source_digest(result)}
     text = nbformat.v4.writes_json(result)  # nbformat.writes would validate every copy
-    return result, (text.rstrip("\n") + "\n").encode("utf-8")
+    data = (text.rstrip("\n") + "\n").encode("utf-8")
+    temporary = path.with_name(f".{path.name}.new")  # a fixed name: the next run replaces it
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return result, len(data)
 
 
-def join_streams(outputs: list[Any]) -> list[Any]:
+def join_streams(outputs):
     """Outputs with neighbouring streams joined by name, standard output first: order is chance."""
-    result: list[Any] = []
-    stretch: dict[str, Any] = {}  # streams since the last output of another kind
+    result = []
+    stretch = {}  # streams since the last output of another kind
     for output in outputs:
         if output.output_type != "stream":
             stretch = {}
@@ -132,11 +137,11 @@ def join_streams(outputs: list[Any]) -> list[Any]:
     return [output for output in result if output.get("text") != ""]
 
 
-def check(notebook: Any, size: int, folder: Path, draft: bool, paths: str) -> list[Line]:
-    """The user's checklist and what a published page needs besides; it passes without a "failure".
+def check(notebook, size: int, folder: Path, draft: bool, paths: str):
+    """The checklist, lines of (name, "ok" or "warning" or "failure", measured).
 
-    size: bytes of the file. folder: the notebook's. draft: a page that stays here, on which
-    silence and paths only warn. paths: verdict for an output that names a folder of this machine.
+    size: bytes of the file. folder: the notebook's. draft: a page that stays here: silence and
+    paths only warn. paths: verdict for an output that names a folder of this machine.
     """
     stamp, digest = notebook.metadata.get(STAMP, {}).get("source_sha256"), source_digest(notebook)
     stamped = f"digest {digest[:12]}" if stamp else "no digest: not stamped by this script"
@@ -152,10 +157,10 @@ def check(notebook: Any, size: int, folder: Path, draft: bool, paths: str) -> li
     ]
 
 
-def check_cells(cells: list[Any], silence: str) -> Iterator[Line]:
+def check_cells(cells, silence: str):
     """Executed, with outputs, without errors, in order; silence: verdict for too many without."""
 
-    def which(test: Callable[[Any], Any]) -> tuple[int, str]:
+    def which(test) -> tuple[int, str]:
         found = [str(number) for number, cell in enumerate(cells, 1) if test(cell)]
         more = ", ..." if len(found) > 8 else ""
         return len(found), f" (code cell {', '.join(found[:8])}{more})" if found else ""
@@ -167,8 +172,8 @@ def check_cells(cells: list[Any], silence: str) -> Iterator[Line]:
     silent, where = which(lambda cell: not cell.outputs)
     share = 100.0 * (len(cells) - silent) / max(1, len(cells))
     measured = f"{len(cells) - silent} of {len(cells)}, coverage {share:.1f}%{where}"
-    name = f"outputs present in {COVERAGE:.0f}% of the code cells"
-    yield name, "ok" if share >= COVERAGE else silence, measured
+    covered = "ok" if share >= COVERAGE else silence
+    yield f"outputs present in {COVERAGE:.0f}% of the code cells", covered, measured
     failed, where = which(lambda cell: any(o.output_type == "error" for o in cell.outputs))
     yield "no errors", OK[not failed], f"{failed} errors{where}"
     ordered = counts == list(range(1, len(counts) + 1))
@@ -176,7 +181,7 @@ def check_cells(cells: list[Any], silence: str) -> Iterator[Line]:
     yield "executed in order", OK[ordered], measured
 
 
-def check_outputs(notebook: Any, folder: Path, verdict: str) -> Iterator[Line]:
+def check_outputs(notebook, folder: Path, verdict: str):
     """Nothing that GitHub cannot show, and no folder of this machine; folder, verdict: `check`."""
     own = {str(folder), os.path.expanduser("~"), sys.prefix, tempfile.gettempdir()}
     own = {re.escape(name) for name in own - {"/usr/local"} if len(name) > 4}
@@ -201,7 +206,7 @@ def check_outputs(notebook: Any, folder: Path, verdict: str) -> Iterator[Line]:
     yield "no paths of one machine", verdict, one_line("; ".join(found + warned)) or "none"
 
 
-def show(console: Console, lines: list[Line], name: str) -> None:
+def show(console: Console, lines, name: str) -> None:
     """Prints the checklist with ticks; Failure VALIDATION where a line of it failed."""
     signs = {"ok": "✓", "warning": "!", "failure": "✗"}
     if "utf" not in (sys.stdout.encoding or "").lower():

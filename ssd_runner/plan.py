@@ -1,14 +1,17 @@
 """What one run does: options, environment and notebook, answered before anything is touched."""
 
+import ast
 import contextlib
+import difflib
 import os
 import shutil
-from argparse import Namespace
-from collections.abc import Iterator
+import tempfile
 from pathlib import Path
-from typing import Any
 
-from . import files, page, parameters
+import nbformat
+from filelock import FileLock, Timeout
+
+from . import page
 from .console import Console, Exit, Failure, Signals
 
 INPUTS = {  # constants of the notebook: the variable and the option that override them
@@ -18,22 +21,19 @@ INPUTS = {  # constants of the notebook: the variable and the option that overri
     "TRAINING": ("SSD_TRAINING", "fresh"),
 }
 DEMO = {"TRAINING": "fresh", "NUM_EPOCHS": 3, "DATA_NOTE": "Drawn smears: no result"}
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
 
 
 class Job:
     """One run, all questions answered; Failure USAGE where options contradict each other."""
 
-    def __init__(self, options: Namespace, console: Console, signals: Signals):
+    def __init__(self, options, console: Console, signals: Signals):
         self.options, self.console, self.signals = options, console, signals
         self.env = dict(os.environ)  # of the kernel
         self.source, self.notebook, self.data = page.read(options.notebook)
         self.folder = self.source.parent  # in which the kernel works
-        parameters.inject(self.notebook, {})
-        if not any(cell.source.strip() for cell in page.code_cells(self.notebook)):
-            raise Failure(Exit.NOTEBOOK, f"{self.source.name} has no code: nothing to run.")
-        self.known = parameters.constants(self.notebook)  # the notebook's own constants
-        self.values = parameters.overrides(options.param, self.known)  # what overrides them
+        inject(self.notebook, {})
+        self.known = constants(self.notebook)  # the notebook's own constants
+        self.values = overrides(options.param, self.known)  # what overrides them
         kinds = {"demo": options.demo, "images": options.images, "custom": self.values}
         self.kind = next((kind for kind, chosen in kinds.items() if chosen), "")
         self.check_clashes()
@@ -48,7 +48,7 @@ class Job:
                 self.env.pop(variable, None)
             elif typed := getattr(options, option):
                 self.env[variable] = "fresh" if typed is True else typed
-        parameters.inject(self.notebook, self.values)
+        inject(self.notebook, self.values)
 
     def check_clashes(self) -> None:
         """Failure USAGE for options that contradict each other or the notebook."""
@@ -63,8 +63,6 @@ class Job:
             clashes[f"--{option} and -p {name}"] = name in given and getattr(options, option)
         for words in filter(clashes.get, clashes):
             raise Failure(Exit.USAGE, f"{words} do not go together: choose one.")
-        if self.kind and not self.known:
-            raise Failure(Exit.USAGE, f"{self.source.name} has no cell tagged 'parameters'.")
         for name in {"CHECKPOINT_DIR", "MY_RESULTS"} & given.keys():
             own, other = (self.folder / values[name] for values in (self.known, given))
             if os.path.realpath(own) == os.path.realpath(other):
@@ -86,7 +84,7 @@ class Job:
         self.failed = self.target.with_name(f"{stem}.failed.ipynb")  # what a failed run leaves
         self.work = self.target.with_name(f".{stem}.run")  # the kernel's own files
 
-    def own_values(self) -> dict[str, Any]:
+    def own_values(self):
         """What the kind of this run overrides besides what was given."""
         if self.kind == "images":
             cells = list(zip(self.notebook.cells, page.titles(self.notebook), strict=True))
@@ -97,10 +95,8 @@ class Job:
                 if not text and not needed & page.tags(cell):
                     self.notebook.cells.remove(cell)
             images = Path(os.path.realpath(self.options.images))
-            found = images.iterdir() if images.is_dir() else []
-            if not any(file.suffix.lower() in PICTURES for file in found):
-                why = f"there is no picture ({', '.join(PICTURES)}) in {images}."
-                raise Failure(Exit.USAGE, f"--images: {why}")
+            if not images.is_dir():
+                raise Failure(Exit.USAGE, f"--images: there is no folder {images}.")
             results = Path(os.path.realpath(self.options.results or self.place / "results"))
             return {"MY_IMAGES": self.relative(images), "MY_RESULTS": self.relative(results)}
         names = ("CHECKPOINT_DIR", "MY_RESULTS", "DATA_DIR")[: 3 if self.kind == "demo" else 2]
@@ -108,12 +104,10 @@ class Job:
         own = {name: self.relative(self.place / folder) for name, folder in own.items()}
         if self.kind == "demo":
             best = "checkpoints/best_model.pth"
-            if not (self.folder / best).is_file():
-                self.console.note(f"warning: without {best} the demo will find little")
             own |= DEMO | {"FINETUNE_FROM": best if (self.folder / best).is_file() else ""}
         return own if self.kind else {}
 
-    def value(self, name: str) -> Any:
+    def value(self, name: str):
         """A constant as this run has it."""
         return self.values.get(name, self.known.get(name))
 
@@ -131,15 +125,15 @@ class Job:
         return path.relative_to(self.folder).as_posix() if inside else str(path)
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self):
         """Holds result and checkpoints against other runs; a failed run's outputs are kept."""
         with contextlib.ExitStack() as stack:
             room = 50_000_000 + 3 * len(self.data)
-            stack.enter_context(files.claim(self.target, self.target.parent, room))
+            stack.enter_context(claim(self.target, self.target.parent, room))
             if self.staging:
                 trains = "fresh" in (self.env.get("SSD_TRAINING"), self.value("TRAINING"))
                 room = 2_000_000_000 if trains else 200_000_000
-                stack.enter_context(files.claim(self.checkpoints, self.checkpoints, room))
+                stack.enter_context(claim(self.checkpoints, self.checkpoints, room))
             self.partial.unlink(missing_ok=True)  # of a run that was killed
             try:
                 yield
@@ -153,3 +147,79 @@ class Job:
             finally:
                 for folder in filter(None, (self.work, self.staging)):
                     shutil.rmtree(folder, ignore_errors=True)
+
+
+def claim(target: Path, folder: Path, room: int):
+    """A context in which no other run writes the target, in a folder with room for so many bytes.
+
+    Failure STORAGE, LOCKED. The lock file stays: removed, two runs could hold locks of one name.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in filter(Path.exists, (folder, target)):
+            if not path.stat().st_mode & 0o222:  # root, too, is told
+                raise PermissionError(0, f"{path.name} is write-protected")
+        tempfile.TemporaryFile(dir=folder).close()
+        if (free := shutil.disk_usage(folder).free) < room:
+            raise OSError(0, f"{free / 1e6:.0f} MB are free, {room / 1e6:.0f} MB needed")
+        return FileLock(target.with_name(f".{target.name}.lock")).acquire(timeout=0)
+    except Timeout as error:
+        why = f"Another run works on {target.name} (it holds {error.lock_file}): wait or end it."
+        raise Failure(Exit.LOCKED, why) from None
+    except OSError as error:
+        why = f"Cannot write {target.name} in {folder} ({error.strerror}): make room for it."
+        raise Failure(Exit.STORAGE, why) from None
+
+
+def constants(notebook):
+    """Name to value of the assignments in the parameters cell, read without running it.
+
+    None: not a constant; such a parameter takes any value, like one that is None.
+    """
+    found = {}
+    sources = [cell.source for cell in page.code_cells(notebook, "parameters")]
+    with contextlib.suppress(SyntaxError):  # the kernel will say so
+        for node in ast.parse("\n".join(sources)).body:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                found[node.targets[0].id] = None
+                with contextlib.suppress(ValueError):
+                    found[node.targets[0].id] = ast.literal_eval(node.value)
+    return found
+
+
+def overrides(pairs: list[str], known):
+    """``NAME=VALUE`` pairs by name, in the types of `constants`; Failure USAGE."""
+    result = {}
+    for pair in pairs:
+        name, sign, text = pair.partition("=")
+        if not sign or not name:
+            raise Failure(Exit.USAGE, f"-p {pair!r}: write it as NAME=VALUE.")
+        if name not in known:
+            near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}."
+            raise Failure(Exit.USAGE, f"-p {name}: the notebook has no such parameter; {hint}")
+        default, kind, value = known[name], type(known[name]), text
+        if kind is not str or text[:1] in ("'", '"'):  # a text needs no quotes
+            with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+                value = ast.literal_eval(
+                    text.strip().capitalize() if kind is bool else text.strip()
+                )
+        if (kind is float and type(value) is int) or {kind, type(value)} == {list, tuple}:
+            value = kind(value)
+        if (default is not None and type(value) is not kind) or str(value) in ("inf", "-inf"):
+            why = f"{text!r} is no {kind.__name__}, like the notebook's {default!r}."
+            raise Failure(Exit.USAGE, f"-p {name}: {why}")
+        result[name] = value
+    return result
+
+
+def inject(notebook, values) -> None:
+    """Puts a cell with the values after the parameters cell, in place of an earlier one."""
+    notebook.cells[:] = [cell for cell in notebook.cells if page.INJECTED not in page.tags(cell)]
+    if values:
+        lines = [f"{name} = {value!r}" for name, value in values.items()]
+        lines.append(f"print('Overrides of this run: {', '.join(values)}')")
+        made = nbformat.v4.new_code_cell("\n".join(lines), metadata={"tags": [page.INJECTED]})
+        made["id"] = page.INJECTED
+        after = [n for n, cell in enumerate(notebook.cells, 1) if "parameters" in page.tags(cell)]
+        notebook.cells.insert(after[-1], made)

@@ -2,35 +2,30 @@
 
 import os
 import shutil
-from typing import Any
 
 import nbformat
 from nbconvert import HTMLExporter
 
-from . import files, page
-from .console import Exit, Failure, one_line
+from . import page
+from .console import Exit, Failure
 from .plan import Job
 
 
-def validate(job: Job, notebook: Any) -> Any:
+def validate(job: Job, notebook):
     """Step 5: the clean and stamped page, written beside its place. Failure VALIDATION, STORAGE."""
-    result, content = page.clean(notebook)
     try:
-        files.write_file(job.partial, content)
+        result, size = page.write(notebook, job.partial)
         nbformat.validate(result)
     except OSError as error:
         why = f"The result cannot be written ({error.strerror}): make room and run again."
         raise Failure(Exit.STORAGE, why) from None
-    except nbformat.ValidationError as error:
-        why = f"The result is no valid notebook: {one_line(error, 120)}."
-        raise Failure(Exit.VALIDATION, why) from None
     # a path in an output is no reason to throw hours of work away; --check is stricter
-    lines = page.check(result, len(content), job.folder, bool(job.kind), "warning")
+    lines = page.check(result, size, job.folder, bool(job.kind), "warning")
     page.show(job.console, lines, job.target.name)
     return result
 
 
-def publish(job: Job, result: Any) -> None:
+def publish(job: Job, result) -> None:
     """Step 6: page, checkpoints and metrics change together. Failure VALIDATION, STORAGE."""
     if job.target == job.source:
         if not job.source.is_file() or job.source.read_bytes() != job.data:
@@ -38,8 +33,7 @@ def publish(job: Job, result: Any) -> None:
             raise Failure(Exit.VALIDATION, why)
     pairs = [(job.partial, job.target)]  # first: what is open elsewhere fails before the rest
     if job.options.html:
-        name = {"metadata": {"name": job.target.stem}}
-        text, _ = HTMLExporter().from_notebook_node(result, name)
+        text, _ = HTMLExporter().from_notebook_node(result)
         pairs.append((job.work / "page.html", job.target.with_suffix(".html")))
         pairs[-1][0].write_text(text, encoding="utf-8")
     if job.staging:

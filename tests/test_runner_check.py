@@ -10,7 +10,7 @@ import pytest
 from nbformat import v4
 from runner_helpers import DATA, PARAMETERS, ROOT, SCRIPT, Place, write_notebook
 
-from ssd_runner import packages, page, parameters, plan
+from ssd_runner import packages, page, plan
 from ssd_runner.console import Failure
 
 
@@ -165,7 +165,7 @@ def test_a_progress_bar_stays_short():
     assert page.terminal_text(text) == "before\nimages:  9999/10000" and len(text) < 100
 
 
-def test_clean_notebook():
+def test_clean_notebook(tmp_path):
     notebook = executed(1)
     cell = notebook.cells[-1]
     cell.outputs = [v4.new_output("stream", name="stdout", text=f"\r{i}%") for i in range(50)]
@@ -177,7 +177,8 @@ def test_clean_notebook():
     language = {"name": "python", "version": "3.99"}
     notebook.metadata.update(widgets={}, language_info=language, kernelspec={"name": "lab"})
     untouched = copy.deepcopy(notebook)
-    clean, data = page.clean(notebook)
+    clean, size = page.write(notebook, tmp_path / "page.ipynb")
+    data = (tmp_path / "page.ipynb").read_bytes()
     assert notebook == untouched
     texts = [(output.name, output.text) for output in clean.cells[-1].outputs]
     assert texts == [("stdout", "49%end"), ("stderr", "w")]
@@ -185,7 +186,8 @@ def test_clean_notebook():
     assert clean.metadata["language_info"] == {"name": "python"}
     assert clean.metadata["kernelspec"]["name"] == "python3"
     nbformat.validate(clean)
-    assert page.clean(clean)[1] == data
+    page.write(clean, tmp_path / "page.ipynb")
+    assert (tmp_path / "page.ipynb").read_bytes() == data and size == len(data)
 
 
 def test_section_titles():
@@ -213,7 +215,7 @@ DEFAULTS = {
     ],
 )  # fmt: skip
 def test_overrides(pair, value):
-    result = parameters.overrides([pair], DEFAULTS)[pair.partition("=")[0]]
+    result = plan.overrides([pair], DEFAULTS)[pair.partition("=")[0]]
     assert result == value and type(result) is type(value)
 
 
@@ -225,14 +227,14 @@ def test_overrides(pair, value):
 )  # fmt: skip
 def test_refused_overrides(pair):
     with pytest.raises(Failure) as failure:
-        parameters.overrides([pair], DEFAULTS)
+        plan.overrides([pair], DEFAULTS)
     assert failure.value.code == 2 and "\n" not in failure.value.sentence
 
 
 def test_parameters_are_read_without_running_them():
     source = "A = 1\nB = 2.5\nC = print('no')\nD = [1, 2]\nE = -1\nif A:\n    F = 1\nx.y = 3"
     cell = v4.new_code_cell(source, metadata={"tags": ["parameters"]})
-    found = parameters.constants(v4.new_notebook(cells=[cell]))
+    found = plan.constants(v4.new_notebook(cells=[cell]))
     assert found == {"A": 1, "B": 2.5, "C": None, "D": [1, 2], "E": -1}
 
 
@@ -240,14 +242,14 @@ def test_inject_replaces_an_earlier_cell(tmp_path):
     path = write_notebook(tmp_path / "a.ipynb", "print(1)", PARAMETERS, "print(2)")
     notebook = nbformat.read(path, as_version=4)
     for value in (4, 5):
-        parameters.inject(notebook, {"COUNT": value, "TITLE": "it's"})
+        plan.inject(notebook, {"COUNT": value, "TITLE": "it's"})
     tags = [page.tags(cell) for cell in notebook.cells]
     assert tags == [set(), {"parameters"}, {"injected-parameters"}, set()]
     space = {}
     exec(notebook.cells[2].source, space)
     assert space["COUNT"] == 5 and space["TITLE"] == "it's"
     nbformat.validate(notebook)
-    parameters.inject(notebook, {})
+    plan.inject(notebook, {})
     assert len(notebook.cells) == 3
 
 
