@@ -55,6 +55,7 @@ def test_a_killed_kernel_ends_with_the_same_weights(tmp_path, vgg_weights):
         folder = tmp_path / name
         folder.mkdir()
         shutil.copy(ROOT / "execute_ssd_notebook.py", folder)
+        shutil.copytree(ROOT / "ssd_runner", folder / "ssd_runner")
         up_to_training(folder)
         command = [sys.executable, "execute_ssd_notebook.py", "--dataset", str(tmp_path / "data")]
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("BCCD_", "VGG16_", "SSD_"))}

@@ -30,6 +30,7 @@ def few_smears(bccd_root, tmp_path_factory):
 def test_a_fresh_run_on_a_few_smears(few_smears, vgg_weights, tmp_path):
     for name in (NOTEBOOK.name, "execute_ssd_notebook.py", "synthetic_bccd.py"):
         shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "ssd_runner", tmp_path / "ssd_runner")
     before = (tmp_path / NOTEBOOK.name).read_bytes()
     settings = ("NUM_EPOCHS=2", "TRAINING=fresh", "BOOTSTRAP_SAMPLES=20", "SAVE_EVERY=1")
     command = [sys.executable, "execute_ssd_notebook.py", "--dataset", str(few_smears), "--weights", str(vgg_weights)]

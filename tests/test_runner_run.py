@@ -27,7 +27,7 @@ def test_published_page(place, capsys):
         "    time.sleep(0.01)",
         "## 2. Picture",
         "import matplotlib_inline, os\nprint(os.environ['MPLBACKEND'], 'colour' in globals())",
-        "from IPython.display import display, update_display\nh = display('first', display_id='x')\n"
+        "from IPython.display import display, update_display\ndisplay('first', display_id='x')\n"
         "print('between')\nprint('joined')",
         "update_display('second', display_id='x')\n7",
         metadata={"language_info": {"name": "python", "version": "3.99"}},
