@@ -137,7 +137,7 @@ class Execution:
         while True:
             await asyncio.sleep(0.25)
             now = time.monotonic()
-            took, said = now - self.started, one_line(self.last_line)
+            took, said = now - self.started, one_line(self.last_line) or "silent"
             if self.current is not None and self.console.terminal:
                 text = f"{self.names[self.current]} {took:.1f} s {said}"
                 self.console.write(text[: shutil.get_terminal_size().columns - 1], end="")

@@ -201,9 +201,7 @@ def overrides(pairs: list[str], known):
         default, kind, value = known[name], type(known[name]), text
         if kind is not str or text[:1] in ("'", '"'):  # a text needs no quotes
             with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-                value = ast.literal_eval(
-                    text.strip().capitalize() if kind is bool else text.strip()
-                )
+                value = ast.literal_eval(text.title() if kind is bool else text.strip())
         if (kind is float and type(value) is int) or {kind, type(value)} == {list, tuple}:
             value = kind(value)
         if (default is not None and type(value) is not kind) or str(value) in ("inf", "-inf"):
