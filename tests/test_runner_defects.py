@@ -53,7 +53,7 @@ def test_1_demo_never_draws_over_the_users_folder(place):
     place.write(DEMO, "print('ran')")
     place.put("my_data/BCCD/notes.txt", "mine")
     done = place.run("--demo", "-p", "DATA_DIR=my_data")
-    assert tree(place.folder / "my_data") != {}, done.stdout
+    assert (place.folder / "my_data" / "BCCD" / "notes.txt").is_file(), done.stdout
     assert done.returncode == 2 and "--demo and -p DATA_DIR do not go together" in done.stderr
 
 

@@ -9,6 +9,8 @@ import nbformat
 import pytest
 from runner_helpers import DATA, FETCH, PARAMETERS, Place, outputs, tree
 
+import synthetic_bccd
+
 pytestmark = pytest.mark.timeout(120)
 
 
@@ -147,13 +149,15 @@ def test_demo_draws_its_data(place, capsys, monkeypatch):
         "os.environ.get('BCCD_DATASET'))",
     )
     place.env["BCCD_DATASET"] = "/somewhere/real"
+    draw = synthetic_bccd.draw_dataset
+    monkeypatch.setattr(synthetic_bccd, "draw_dataset", lambda folder: draw(folder, 2, 1, 1))
     checkpoints = tree(place.checkpoints)
     code, out, err = place.call(capsys, "--demo", "-p", "NUM_EPOCHS=1")
     assert code == 0, err
     said = outputs(place.folder / "runs" / "demo" / "study.ipynb")
     folders = "runs/demo/BCCD_Dataset runs/demo/checkpoints"
     assert f"{folders} fresh 1 checkpoints/best_model.pth Drawn smears: no result" in said
-    assert "80 None" in said
+    assert "4 None" in said
     assert "nothing that this run shows is a result" in out
     assert tree(place.checkpoints) == checkpoints
 
