@@ -23,7 +23,7 @@ from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 import torch
-from compare import quiet_definitions
+from compare import ROOT, quiet_definitions
 from torchvision.models.detection import ssd300_vgg16
 from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes, Image
@@ -172,9 +172,9 @@ def main():
         nb.SEED = arguments.seed
     root = nb.dataset_root(arguments.dataset)
     train, val = nb.SmearSplit(root, "train"), nb.SmearSplit(root, "val")
-    weights, origin = nb.vgg16_features(arguments.weights)
+    weights = nb.vgg16_features(arguments.weights, shipped=ROOT / "data" / "vgg16_features.pth")
     if weights is None:
-        raise SystemExit(f"{origin}: name a file with --weights.")
+        raise SystemExit("VGG-16's weights cannot be had: name a file with --weights.")
     dtype = nb.pick_precision(device)
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
@@ -197,7 +197,7 @@ def main():
                 "seed": nb.SEED,
                 "precision": str(dtype),
                 "clip": arguments.clip if side == "torchvision" and math.isfinite(arguments.clip) else None,
-                "weights": origin,
+                "weights": arguments.weights or "data/vgg16_features.pth",
                 "minutes": round((time.perf_counter() - started) / 60, 1),
                 "device": nb.device_name(device),
                 "validation": figures,

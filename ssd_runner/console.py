@@ -93,8 +93,7 @@ def read_options(arguments: list[str] | None, below: str) -> argparse.Namespace:
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 22, 100),
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    yes = {"action": "store_true"}
+    add, yes = parser.add_argument, {"action": "store_true"}
     add("notebook", nargs="?", metavar="NOTEBOOK", help="default: ssd_bccd_detection.ipynb")
     add("--check", **yes, help="check the notebook as it stands, run nothing")
     add("--demo", **yes, help="the whole notebook on drawn smears, no download, in runs/demo")

@@ -128,8 +128,7 @@ class Job:
     def held(self):
         """Holds result and checkpoints against other runs; a failed run's outputs are kept."""
         with contextlib.ExitStack() as stack:
-            room = 50_000_000 + 3 * len(self.data)
-            stack.enter_context(claim(self.target, self.target.parent, room))
+            stack.enter_context(claim(self.target, self.target.parent, 5e7 + 3 * len(self.data)))
             if self.staging:
                 trains = "fresh" in (self.env.get("SSD_TRAINING"), self.value("TRAINING"))
                 room = 2_000_000_000 if trains else 200_000_000
@@ -149,7 +148,7 @@ class Job:
                     shutil.rmtree(folder, ignore_errors=True)
 
 
-def claim(target: Path, folder: Path, room: int):
+def claim(target: Path, folder: Path, room: float):
     """A context in which no other run writes the target, in a folder with room for so many bytes.
 
     Failure STORAGE, LOCKED. The lock file stays: removed, two runs could hold locks of one name.
@@ -172,10 +171,7 @@ def claim(target: Path, folder: Path, room: int):
 
 
 def constants(notebook):
-    """Name to value of the assignments in the parameters cell, read without running it.
-
-    None: not a constant; such a parameter takes any value, like one that is None.
-    """
+    """Name to value of the parameters cell's assignments, not run; None takes any value."""
     found = {}
     sources = [cell.source for cell in page.code_cells(notebook, "parameters")]
     with contextlib.suppress(SyntaxError):  # the kernel will say so

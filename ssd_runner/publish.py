@@ -27,11 +27,11 @@ def validate(job: Job, notebook):
 
 def publish(job: Job, result) -> None:
     """Step 6: page, checkpoints and metrics change together. Failure VALIDATION, STORAGE."""
-    if job.target == job.source:
-        if not job.source.is_file() or job.source.read_bytes() != job.data:
-            why = f"{job.source.name} was edited during the run and is left alone: run it again."
-            raise Failure(Exit.VALIDATION, why)
-    pairs = [(job.partial, job.target)]  # first: what is open elsewhere fails before the rest
+    now = job.source.read_bytes() if job.source.is_file() else b""
+    if job.target == job.source and now != job.data:
+        why = f"{job.source.name} was edited during the run and is left alone: run it again."
+        raise Failure(Exit.VALIDATION, why)
+    pairs = [(job.partial, job.target)]
     if job.options.html:
         text, _ = HTMLExporter().from_notebook_node(result)
         pairs.append((job.work / "page.html", job.target.with_suffix(".html")))
@@ -39,12 +39,19 @@ def publish(job: Job, result) -> None:
     if job.staging:
         pairs += [(file, job.checkpoints / file.name) for file in job.staging.iterdir()]
     job.signals.check()  # the last moment: the renames are not interrupted
+    before, done = job.work / "before", []
+    before.mkdir()
     try:
         for new, old in pairs:
             if old.exists():
                 shutil.copymode(old, new)
+                shutil.copy2(old, before)
             os.replace(new, old)
+            done.append(old)
     except OSError as error:
+        for file in done:  # all or nothing
+            kept = before / file.name
+            shutil.copy2(kept, file) if kept.exists() else file.unlink()
         why = f"{old.name} cannot be replaced ({error.strerror}): close it elsewhere."
         raise Failure(Exit.STORAGE, why) from None
     job.failed.unlink(missing_ok=True)

@@ -183,6 +183,18 @@ def test_12_page_weights_and_metrics_change_together(place):
     assert place.left_over() == []
 
 
+def test_12_a_file_that_cannot_be_replaced_takes_the_others_back(place):
+    odd = (
+        "open(os.environ['SSD_STAGING'] + '/zz.json', 'w').close(); os.mkdir('checkpoints/zz.json')"
+    )
+    place.write(PARAMETERS, STAGED, f"import os; {odd}; print('odd')")
+    before = tree(place.checkpoints), place.notebook.read_bytes()
+    done = place.run()
+    assert done.returncode == 11 and "zz.json cannot be replaced" in done.stderr
+    kept = {k: v for k, v in tree(place.checkpoints).items() if k.name != "last.pth"}
+    assert (kept, place.notebook.read_bytes()) == before
+
+
 def test_13_an_earlier_runs_outputs_are_not_shown_as_this_ones(place):
     """No copy of this run can be saved on a full disk; that of a killed run lies there."""
     place.limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
