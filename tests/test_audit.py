@@ -125,3 +125,72 @@ def test_known_shared_fields_of_bccd(real_findings):
     assert len(found & known) >= 8 and len(found - known) <= 2
     nearly_identical = [{a[1], b[1]} for a, b, common in pairs if common > 0.95]
     assert {"BloodImage_00037", "BloodImage_00038"} in nearly_identical
+
+
+def test_fields_in_one_split_and_strangers(nb):
+    """Two crops of one drawn field are found with their share in common, a third picture is not."""
+    import torch
+
+    field = torch.rand(1, 1, 17, 26, generator=torch.Generator().manual_seed(4)) * 255
+    field = torch.nn.functional.interpolate(field, (68, 104), mode="bicubic")[0, 0]
+    pixels = torch.stack([field[:48, :64], field.flip(0)[:48, :64], field[18:66, 10:74]])
+    ((first, second, correlation, share),) = nb.find_shared_fields(pixels)
+    assert (first, second) == (0, 2) and correlation > 0.9
+    assert share == pytest.approx(30 * 54 / (48 * 64), abs=0.03)
+    *_, shift = nb.ShiftedCorrelation(pixels[[0, 2]]).best([0], [1])
+    assert shift.tolist() == [[18, 10]]
+
+
+def test_pictures_without_contrast_share_nothing(nb):
+    import torch
+
+    assert nb.find_shared_fields(torch.full((3, 48, 64), 200.0)) == []
+    assert nb.find_shared_fields(torch.rand(1, 48, 64)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("BATCH_SIZE", 0),
+        ("NUM_EPOCHS", 2.5),
+        ("NUM_EPOCHS", True),
+        ("KEEP_VISIBLE", 0),
+        ("MATCH_IOU", 1.5),
+        ("MATCH_IOU", "half"),
+        ("TRAINING", "never"),
+        ("PRIOR_RATIOS", [[1.5, 2.25]] * 4 + [[1.5]] * 2),
+        ("PRIOR_SCALES", [0.1] * 6),
+        ("ZOOM_RANGE", [1.4, 0.8]),
+        ("FROZEN_BLOCKS", 6),
+        ("CLASS_NAMES", ["RBC", "RBC"]),
+        ("CLASS_NAMES", []),
+        ("PRECISION", "float8"),
+    ],
+)
+def test_constants_that_cannot_work_are_named(nb, name, value):
+    nb.check_configuration(vars(nb))
+    with pytest.raises(nb.StudyError, match=f"{name} = .*: it must be "):
+        nb.check_configuration({**vars(nb), name: value})
+
+
+def test_every_constant_that_is_checked_exists_and_colours_suffice(nb):
+    for names, _, _ in nb.CHECKS:
+        assert all(hasattr(nb, name) for name in names.split())
+    assert len(nb.CLASS_COLOURS) >= 2 * len(nb.CLASS_NAMES)
+
+
+@pytest.mark.parametrize("count", [0, 1, 12])
+def test_boxes_of_any_number_are_drawn_and_rare_classes_named(nb, count):
+    import numpy as np
+    import torch
+
+    labels = torch.tensor(([1] * 10 + [2, 3])[:count], dtype=torch.int64)
+    boxes = torch.arange(count)[:, None] * 20.0 + torch.tensor([0, 60, 15, 75])
+    _, (axis,) = nb.sheet(1, 1)
+    nb.draw_boxes(axis, np.zeros((200, 300, 3), np.uint8), boxes, labels, torch.full((count,), 0.9))
+    words = [text.get_text() for text in axis.texts]
+    nb.plt.close("all")
+    assert len(axis.patches) == count
+    assert [word for word in words if word.startswith(tuple(nb.CLASS_NAMES))] == (
+        ["WBC 0.90", "Platelets 0.90"] if count == 12 else ["RBC 0.90"] * count
+    )

@@ -98,3 +98,87 @@ def test_precision_and_recall_by_hand(nb):
     assert recall.tolist() == pytest.approx([0.5, 0.5, 1, 1]) and scores.tolist() == pytest.approx([0.9, 0.8, 0.7, 0.6])
     # COCO: precision 1 at the 51 recalls up to 0.5, 2/3 at the other 50
     assert nb.average_precision(matches, 1) == pytest.approx((51 + 50 * 2 / 3) / 101)
+
+
+def slow_bootstrap(nb, matches, classes, samples, seed):
+    """The plain way: draw images, put their detections together, sort, measure; again for each sample."""
+    drawn = np.random.default_rng(seed).integers(0, len(matches), (samples, len(matches)))
+    tables = [nb.mean_average_precision([matches[i] for i in row], classes) for row in drawn]
+    parts = (np.array([table[k] for table in tables], float) for k in range(3))
+    return [np.moveaxis(np.nanpercentile(part, (2.5, 97.5), axis=0), 0, -1) for part in parts]
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_bootstrap_equals_the_slow_way(nb, seed):
+    matches = matches_of(nb, *scene(seed, images=15))
+    fast, slow = nb.bootstrap(matches, 3, 40, seed), slow_bootstrap(nb, matches, 3, 40, seed)
+    assert [part.shape for part in fast] == [(2,), (2,), (3, 2)]
+    for mine, wanted in zip(fast, slow, strict=True):
+        assert mine == pytest.approx(wanted, abs=1e-12)
+    low, high = fast[0]
+    assert low < nb.mean_average_precision(matches, 3)[0] < high
+
+
+def test_bootstrap_without_objects_and_with_one_image(nb):
+    truth = {"boxes": torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]]), "labels": torch.tensor([1, 1])}
+    found = {"boxes": truth["boxes"][:1], "labels": truth["labels"][:1], "scores": torch.tensor([0.9])}
+    low_high, _, by_class = nb.bootstrap(matches_of(nb, [truth], [found], 9), 9, 20)
+    assert low_high == pytest.approx([51 / 101] * 2)  # there is but one image to draw
+    assert np.isnan(by_class[1:]).all()
+
+
+def test_torchmetrics_in_one_pass_agrees(nb):
+    truth, found = scene(4)
+
+    class Split:
+        boxes, labels = ([one[key] for one in truth] for key in ("boxes", "labels"))
+
+    own = nb.mean_average_precision(matches_of(nb, truth, found), 3)
+    assert nb.coco_metrics(found, Split) == pytest.approx(own[:2], abs=1e-4)
+
+
+def test_thresholds_where_detections_and_labels_agree_best(nb):
+    scores, true = np.array([0.9, 0.8, 0.7, 0.2, 0.1]), np.array([[True, False, True, False, False]])
+    none = (np.zeros(0), np.zeros((1, 0), bool), 0)
+    assert nb.best_thresholds([[(scores, true, 2), none]], 2) == [0.7, nb.SHOW_SCORE]
+
+
+def test_kinds_of_errors(nb):
+    """Each kind once, placed by hand."""
+    boxes = torch.tensor([[0.0, 0, 10, 10], [100, 0, 110, 10], [200, 0, 210, 10], [300, 0, 310, 10]])
+    labels = torch.tensor([1, 2, 1, 1])
+    shifted = [boxes[0], boxes[0] + 1, boxes[1], boxes[2] + torch.tensor([6.0, 0, 6, 0]), boxes[1] + 6, boxes[0] + 50]
+    found = {"boxes": torch.stack(shifted), "labels": torch.tensor([1, 1, 1, 1, 1, 1])}
+    found["scores"] = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.55, 0.5])
+    kinds, missed = nb.error_kinds(found, boxes, labels, [0.5, 0.5])
+    assert [kind for kind, _ in kinds] == ["right", "duplicate", "class", "localisation", "background", "background"]
+    assert missed == [1, 2, 3]
+    both = {"boxes": boxes[1:2] + 4, "labels": torch.tensor([1]), "scores": torch.tensor([0.9])}
+    assert nb.error_kinds(both, boxes, labels, [0.5, 0.5])[0] == [("both", 0)]
+    assert nb.error_kinds(found, boxes[:0], labels[:0], [0.55, 0.5])[0] == [("background", i) for i in range(5)]
+    assert nb.image_f1(kinds, missed) == pytest.approx(2 * 1 / (2 + 5 + 3))
+    assert nb.image_f1([], []) == 1 and nb.image_f1([], [0]) == 0
+
+
+@pytest.mark.parametrize("objects", [0, 3])
+def test_evaluate_gives_plain_numbers(nb, objects):
+    """Ten classes, one image, most classes without objects: no exception, and only what JSON can hold."""
+    import json
+
+    names = [f"class {i}" for i in range(10)]
+    boxes = torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10]])[:objects]
+
+    class Split:
+        class_names, labels = names, [torch.tensor([1, 1, 9])[:objects]]
+
+        def __len__(self):
+            return 1
+
+    split = Split()
+    split.boxes = [boxes]
+    found = {"boxes": boxes + 0.5, "labels": split.labels[0], "scores": torch.full((objects,), 0.8)}
+    measured = nb.evaluate(None, split, None, [found])
+    json.dumps(measured, allow_nan=False)
+    assert measured["images"] == 1 and list(measured["ap_50"]) == names
+    assert measured["map_50"] == (1 if objects else None)
+    assert measured["detections"]["class 0"] == (2 if objects else 0)

@@ -16,6 +16,7 @@ from synthetic_bccd import draw_dataset
 
 STAMP = "ssd_runner"  # where a run of the script stamps the sources
 SETTINGS = {"NUM_EPOCHS": "3", "BATCH_SIZE": "2", "PRECISION": '"float32"', "FROZEN_BLOCKS": "5", "SAVE_EVERY": "1"}
+SETTINGS["PASSES_PER_EPOCH"] = "1"
 
 
 def up_to_training(folder, **more):
