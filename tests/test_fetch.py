@@ -5,12 +5,12 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -97,8 +97,7 @@ def test_a_folder_of_something_else_is_left_alone(nb, tmp_path):
 def mirror(bccd_root, tmp_path_factory):
     """A git repository with BCCD's files, and its folder."""
     folder = tmp_path_factory.mktemp("mirror")
-    with zipfile.ZipFile(SHIPPED) as bundle:
-        bundle.extractall(folder)
+    shutil.copytree(bccd_root, folder / "BCCD_Dataset")
     return git_repository(folder / "BCCD_Dataset"), folder / "BCCD_Dataset"
 
 
