@@ -30,7 +30,9 @@ RBC, WBC, PLATELET = 1, 2, 3  # labels; 0 is the background
 
 SIZE = (640, 480)  # width, height of a BCCD image
 JPEG_QUALITY = 92
-NOTE_FILE = "DRAWN_SMEARS.txt"  # marks a folder as written by this script, so that it may be replaced
+NOTE_FILE = (
+    "DRAWN_SMEARS.txt"  # marks a folder as written by this script, so that it may be replaced
+)
 NOTE = "These smears were drawn by synthetic_bccd.py. They are no photographs, and results on them are no results.\n"
 
 # light that passes the empty field, and the stain of each substance: -ln(colour / background)
@@ -53,9 +55,13 @@ class _Blob:
         self.cx, self.cy = float(cx), float(cy)
         self.a, self.b = float(half_width), float(half_height)
         self.angle = rng.uniform(0, math.pi)
-        self.waves = [(k, waviness * rng.normal() * 2 / k, rng.uniform(0, 2 * math.pi)) for k in waves]
+        self.waves = [
+            (k, waviness * rng.normal() * 2 / k, rng.uniform(0, 2 * math.pi)) for k in waves
+        ]
         self.radius = math.sqrt(self.a * self.b)
-        self.reach = max(self.a, self.b) * (1 + sum(abs(amplitude) for _, amplitude, _ in self.waves)) + 8
+        self.reach = (
+            max(self.a, self.b) * (1 + sum(abs(amplitude) for _, amplitude, _ in self.waves)) + 8
+        )
 
     def depth(self, xs, ys):
         """Pixels inside the rim, about (negative outside), and the relative radius (1 on the rim), at (ys, xs)."""
@@ -100,9 +106,13 @@ def _stain_rbc(rng, blob, depth, rho, blur):
     strength = rng.uniform(0.75, 1.15)
     stain = strength * (body * (1 - pale) + rim * body)[..., None] * HAEMOGLOBIN
     if rng.random() < 0.2:  # a refractile bubble: a bright dot with a dark ring
-        distance = np.hypot(*np.meshgrid(*(np.arange(n) - n / 2 - rng.uniform(-18, 18) for n in rho.shape[::-1])))
+        distance = np.hypot(
+            *np.meshgrid(*(np.arange(n) - n / 2 - rng.uniform(-18, 18) for n in rho.shape[::-1]))
+        )
         size = rng.uniform(3, 7)
-        ring = np.exp(-(((distance - size) / 1.6) ** 2)) - 0.7 * np.exp(-((distance / (0.6 * size)) ** 2))
+        ring = np.exp(-(((distance - size) / 1.6) ** 2)) - 0.7 * np.exp(
+            -((distance / (0.6 * size)) ** 2)
+        )
         stain += (0.35 * ring * body)[..., None] * np.array([0.7, 1.1, 0.8])
     return stain
 
@@ -112,11 +122,17 @@ def _stain_wbc(rng, blob, depth, rho, blur, xs, ys):
     granular = rng.random() < 0.25
     texture = _smooth_noise(rng, *depth.shape, grain=4 if granular else 7)
     substance = (GRANULE if granular else CYTOPLASM) * rng.uniform(0.8, 1.3)
-    stain = (body * np.clip(1 + (0.35 if granular else 0.18) * texture, 0.1, None))[..., None] * substance
+    stain = (body * np.clip(1 + (0.35 if granular else 0.18) * texture, 0.1, None))[
+        ..., None
+    ] * substance
     r = blob.radius
     if rng.random() < 0.25:  # one large round nucleus
         shift = rng.uniform(-0.1, 0.1, 2) * r
-        lobes = [_Blob(rng, blob.cx + shift[0], blob.cy + shift[1], *(r * rng.uniform(0.68, 0.82, 2)), 0.04)]
+        lobes = [
+            _Blob(
+                rng, blob.cx + shift[0], blob.cy + shift[1], *(r * rng.uniform(0.68, 0.82, 2)), 0.04
+            )
+        ]
     else:  # lobes along an arc
         count = int(rng.integers(2, 6))
         start, turn = rng.uniform(0, 2 * math.pi), rng.uniform(0.8, 1.15) * rng.choice([-1, 1])
@@ -139,7 +155,10 @@ def _stain_wbc(rng, blob, depth, rho, blur, xs, ys):
     nucleus *= body * _soft(depth - 3, 3)
     clumps = np.clip(1 + 0.12 * _smooth_noise(rng, *depth.shape, grain=9), 0.6, 1.4)
     strength = rng.uniform(0.75, 1.1)
-    return stain * (1 - 0.6 * nucleus[..., None]) + strength * (nucleus * clumps)[..., None] * CHROMATIN
+    return (
+        stain * (1 - 0.6 * nucleus[..., None])
+        + strength * (nucleus * clumps)[..., None] * CHROMATIN
+    )
 
 
 def _stain_platelet(rng, blob, depth, rho, blur):
@@ -176,7 +195,9 @@ def _place(rng, label, r, placed, width, height, tries=60):
         if _visible_share(cx, cy, r, width, height) < least:
             continue
         for other, ox, oy, other_r in placed:
-            closest = 0.7 if label == other == RBC else 0.88 if {label, other} == {RBC, WBC} else 1.0
+            closest = (
+                0.7 if label == other == RBC else 0.88 if {label, other} == {RBC, WBC} else 1.0
+            )
             if math.hypot(cx - ox, cy - oy) < closest * (r + other_r):
                 break
         else:
@@ -233,13 +254,20 @@ def draw_smear(
             elif label == WBC:
                 r, aspect, waviness = scale * rng.uniform(70, 115), rng.uniform(0.87, 1.0), 0.02
             else:
-                r, aspect, waviness = scale * float(np.clip(rng.normal(20.0, 3.0), 14, 30)), rng.uniform(0.8, 1.0), 0.05
+                r, aspect, waviness = (
+                    scale * float(np.clip(rng.normal(20.0, 3.0), 14, 30)),
+                    rng.uniform(0.8, 1.0),
+                    0.05,
+                )
             centre = _place(rng, label, r, placed, width, height)
             if centre is None:
                 continue
             blob = _Blob(rng, *centre, r / math.sqrt(aspect), r * math.sqrt(aspect), waviness)
             columns, rows = blob.window(width, height)
-            xs, ys = np.arange(columns.start, columns.stop) + 0.5, np.arange(rows.start, rows.stop) + 0.5
+            xs, ys = (
+                np.arange(columns.start, columns.stop) + 0.5,
+                np.arange(rows.start, rows.stop) + 0.5,
+            )
             depth, rho = blob.depth(xs, ys)
             inside = depth > 0
             if label == RBC:
@@ -283,7 +311,9 @@ def draw_smear(
 # files
 
 
-def voc_xml(filename: str, size: tuple[int, int], boxes, labels, class_names: Sequence[str] = CLASS_NAMES) -> str:
+def voc_xml(
+    filename: str, size: tuple[int, int], boxes, labels, class_names: Sequence[str] = CLASS_NAMES
+) -> str:
     """The Pascal VOC annotation of one image, as text.
 
     boxes (n, 4) xyxy and labels (n,) from 1 on, named by `class_names[label - 1]`; `size` is (width, height).
@@ -306,13 +336,17 @@ def voc_xml(filename: str, size: tuple[int, int], boxes, labels, class_names: Se
     return "\n".join(lines) + "\n</annotation>\n"
 
 
-def write_example(bccd: Path, name: str, image, boxes, labels, class_names: Sequence[str] = CLASS_NAMES) -> None:
+def write_example(
+    bccd: Path, name: str, image, boxes, labels, class_names: Sequence[str] = CLASS_NAMES
+) -> None:
     """Write one image and its annotation into the `BCCD` folder `bccd` (JPEGImages and Annotations are made)."""
     bccd = Path(bccd)
     for folder in ("JPEGImages", "Annotations"):
         (bccd / folder).mkdir(parents=True, exist_ok=True)
     height, width = image.shape[:2]
-    Image.fromarray(image).save(bccd / "JPEGImages" / f"{name}.jpg", quality=JPEG_QUALITY, subsampling=2)
+    Image.fromarray(image).save(
+        bccd / "JPEGImages" / f"{name}.jpg", quality=JPEG_QUALITY, subsampling=2
+    )
     xml = voc_xml(f"{name}.jpg", (width, height), boxes, labels, class_names)
     (bccd / "Annotations" / f"{name}.xml").write_bytes(xml.encode("utf-8"))
 
@@ -375,24 +409,39 @@ def draw_dataset(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: draw a dataset, print what was written; 0 if all went well, 2 if not."""
-    parser = argparse.ArgumentParser(description="Draw labelled blood smears in BCCD's folder layout.")
-    parser.add_argument("out", metavar="OUT", help="folder to write; one that was drawn before is replaced")
+    parser = argparse.ArgumentParser(
+        description="Draw labelled blood smears in BCCD's folder layout."
+    )
+    parser.add_argument(
+        "out", metavar="OUT", help="folder to write; one that was drawn before is replaced"
+    )
     parser.add_argument("--train", type=int, default=48, help="training images (default 48)")
     parser.add_argument("--val", type=int, default=16, help="validation images (default 16)")
     parser.add_argument("--test", type=int, default=16, help="test images (default 16)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes (default 0)")
     parser.add_argument(
-        "--class-names", nargs=3, default=list(CLASS_NAMES), metavar=("RED", "WHITE", "PLATELET"), help="other names"
+        "--class-names",
+        nargs=3,
+        default=list(CLASS_NAMES),
+        metavar=("RED", "WHITE", "PLATELET"),
+        help="other names",
     )
     options = parser.parse_args(arguments)
     try:
         root = draw_dataset(
-            options.out, options.train, options.val, options.test, options.seed, tuple(options.class_names)
+            options.out,
+            options.train,
+            options.val,
+            options.test,
+            options.seed,
+            tuple(options.class_names),
         )
     except (ValueError, OSError) as error:
         print(f"synthetic_bccd: {error}", file=sys.stderr)
         return 2
-    print(f"{options.train} training, {options.val} validation and {options.test} test smears drawn in {root}")
+    print(
+        f"{options.train} training, {options.val} validation and {options.test} test smears drawn in {root}"
+    )
     return 0
 
 

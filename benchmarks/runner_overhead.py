@@ -42,13 +42,17 @@ def write_notebook(path: Path, cells: int, seconds: float) -> None:
 def timed(command: list[str], folder: Path) -> float:
     """Seconds that a command takes; it has to succeed."""
     start = time.perf_counter()
-    subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(
+        command, cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     return time.perf_counter() - start
 
 
 def main() -> None:
     """Prints the seconds of each pair and the median ratio; the last line is JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--cells", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=0.25, help="work of each cell")
@@ -78,7 +82,9 @@ def main() -> None:
             if number:  # the first pair warms the disk's cache
                 pairs.append((times["plain"], times["runner"]))
                 share = times["runner"] / times["plain"]
-                print(f"nbconvert {times['plain']:.2f} s, runner {times['runner']:.2f} s, ratio {share:.3f}")
+                print(
+                    f"nbconvert {times['plain']:.2f} s, runner {times['runner']:.2f} s, ratio {share:.3f}"
+                )
     ratio = statistics.median(runner / plain for plain, runner in pairs)
     print(
         json.dumps(

@@ -33,7 +33,9 @@ def zero_area_box(bccd, name, class_name="RBC", at=(504, 337)):
     """Add a box without area; returns it as xyxy."""
     box = (*at, *at)
     path = _annotation(bccd, name)
-    sides = "".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))
+    sides = "".join(
+        f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
+    )
     item = f"\t<object><name>{class_name}</name><bndbox>{sides}</bndbox></object>\n"
     path.write_text(path.read_text().replace("</annotation>", item + "</annotation>"))
     return list(map(float, box))
@@ -43,7 +45,9 @@ def duplicate_box(bccd, name, class_name="RBC", shift=1):
     """Box one cell a second time, `shift` pixels aside."""
     path = _annotation(bccd, name)
     text = path.read_text()
-    item = max(_objects(text, class_name), key=lambda o: float(re.search(r"<xmax>([\d.]+)", o)[1]) < 600)
+    item = max(
+        _objects(text, class_name), key=lambda o: float(re.search(r"<xmax>([\d.]+)", o)[1]) < 600
+    )
     moved = re.sub(r"<(x\w+)>([\d.]+)<", lambda m: f"<{m[1]}>{float(m[2]) + shift:g}<", item)
     path.write_text(text.replace("</annotation>", moved + "</annotation>"))
 
@@ -70,7 +74,9 @@ def near_duplicate(bccd, name, split, new_name="Smear_90000"):
     return new_name
 
 
-def overlapping_fields(bccd, split_a, split_b, shift=(260, 70), seed=77, names=("Smear_91000", "Smear_91001")):
+def overlapping_fields(
+    bccd, split_a, split_b, shift=(260, 70), seed=77, names=("Smear_91000", "Smear_91001")
+):
     """Draw one wide field and cut two windows of 640 x 480 from it, `shift` pixels apart, into two splits."""
     width, height = 640 + abs(shift[0]), 480 + abs(shift[1])
     image, boxes, labels = draw_smear(np.random.default_rng(seed), size=(width, height))
@@ -78,7 +84,9 @@ def overlapping_fields(bccd, split_a, split_b, shift=(260, 70), seed=77, names=(
     corners = first, (first[0] + shift[0], first[1] + shift[1])
     for name, split, (x, y) in zip(names, (split_a, split_b), corners, strict=True):
         moved = boxes - np.array([x, y, x, y])
-        inside = np.stack([moved[:, ::2].clip(0, 640), moved[:, 1::2].clip(0, 480)], 2).reshape(-1, 4)
+        inside = np.stack([moved[:, ::2].clip(0, 640), moved[:, 1::2].clip(0, 480)], 2).reshape(
+            -1, 4
+        )
         share = np.prod(inside[:, 2:] - inside[:, :2], 1) / np.prod(moved[:, 2:] - moved[:, :2], 1)
         keep = share > 0.4
         write_example(Path(bccd), name, image[y : y + 480, x : x + 640], inside[keep], labels[keep])

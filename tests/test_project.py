@@ -8,7 +8,9 @@ from conftest import ROOT
 
 def requirements(text):
     """{package: what follows its name} of requirement lines."""
-    found = re.findall(r"^\s*\"?([A-Za-z][\w-]*)\s*([<>=!~][^\"\n,#]*)?\"?,?\s*$", text, re.MULTILINE)
+    found = re.findall(
+        r"^\s*\"?([A-Za-z][\w-]*)\s*([<>=!~][^\"\n,#]*)?\"?,?\s*$", text, re.MULTILINE
+    )
     return {name.lower(): (bound or "").strip() for name, bound in found}
 
 
@@ -28,7 +30,11 @@ def test_only_what_a_clone_needs_is_committed():
     if tracked.returncode:
         return  # an archive without git: nothing to look at
     names = [line.split("\t", 1)[1] for line in tracked.stdout.splitlines()]
-    assert not [name for name in names if name.startswith(("BCCD_Dataset/", "runs/")) or name.endswith(".onnx")]
+    assert not [
+        name
+        for name in names
+        if name.startswith(("BCCD_Dataset/", "runs/")) or name.endswith(".onnx")
+    ]
     checkpoints = {name for name in names if name.startswith("checkpoints/")}
     allowed = ("best_model.pth", "metrics.json", "detections.jpg")
     assert checkpoints <= {f"checkpoints/{name}" for name in allowed}

@@ -12,7 +12,9 @@ import pytest
 from conftest import ROOT
 
 READMES = {"README.md": "Results", "README.ru.md": "Результаты"}
-MARKED = re.compile(r"(?P<number>[-−]?\d+(?:[.,]\d+)?)(?P<percent>\s?%)?\**<!--\s*m:(?P<path>[^>]+?)\s*-->")
+MARKED = re.compile(
+    r"(?P<number>[-−]?\d+(?:[.,]\d+)?)(?P<percent>\s?%)?\**<!--\s*m:(?P<path>[^>]+?)\s*-->"
+)
 # in a table of results: a decimal number or a percentage that no comment follows
 UNMARKED = re.compile(r"(?<![\w.,@:\[])\d+(?:[.,]\d+\s?%?|\s?%)(?![\w.,:\]])(?!\**<!--)")
 
@@ -33,7 +35,9 @@ def lookup(metrics, path):
 
 def section(body, heading):
     """From a heading that starts with `heading` to the next of the same or a higher level."""
-    found = re.search(rf"^(#+)\s+{heading}[^\n]*\n(.*?)(?=^#{{1,2}}\s|\Z)", body, re.MULTILINE | re.DOTALL)
+    found = re.search(
+        rf"^(#+)\s+{heading}[^\n]*\n(.*?)(?=^#{{1,2}}\s|\Z)", body, re.MULTILINE | re.DOTALL
+    )
     assert found, f"no section {heading!r}"
     return found[2]
 
@@ -95,7 +99,9 @@ def test_options_that_it_names_exist(name):
                 for word in shlex.split(command, posix=False):
                     if word.startswith("-"):
                         seen += 1
-                        assert f'"{word.split("=")[0]}"' in source, f"{name}: {script} has no {word}"
+                        assert f'"{word.split("=")[0]}"' in source, (
+                            f"{name}: {script} has no {word}"
+                        )
     assert seen
 
 
@@ -105,4 +111,6 @@ def test_the_test_command_is_the_one_that_ci_runs(name):
     assert lines == [
         "python3 -m venv .venv && .venv/bin/python -m pip install -r requirements-dev.txt && .venv/bin/python -m pytest"
     ]
-    assert "grep -m 1 '^python3 -m venv .*-m pytest$' README.md" in (ROOT / ".ci" / "run").read_text()
+    assert (
+        "grep -m 1 '^python3 -m venv .*-m pytest$' README.md" in (ROOT / ".ci" / "run").read_text()
+    )

@@ -18,7 +18,9 @@ SCRIPT = Path(synthetic.__file__)
 def digest(root):
     """File name -> digest of every file under root."""
     files = sorted(path for path in Path(root).rglob("*") if path.is_file())
-    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+    }
 
 
 def extent(mask):
@@ -45,13 +47,17 @@ def test_a_smear_does_not_depend_on_how_many_are_drawn(tmp_path):
 def test_a_process_of_its_own_draws_the_same(tmp_path):
     here = synthetic.draw_dataset(tmp_path / "here", train=1, val=1, test=1, seed=3)
     command = [sys.executable, str(SCRIPT), str(tmp_path / "there")]
-    subprocess.run([*command, *"--train 1 --val 1 --test 1 --seed 3".split()], check=True, capture_output=True)
+    subprocess.run(
+        [*command, *"--train 1 --val 1 --test 1 --seed 3".split()], check=True, capture_output=True
+    )
     assert digest(here) == digest(tmp_path / "there")
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_boxes_are_the_extent_of_the_masks(seed):
-    image, boxes, labels, masks = synthetic.draw_smear(np.random.default_rng(seed), return_masks=True)
+    image, boxes, labels, masks = synthetic.draw_smear(
+        np.random.default_rng(seed), return_masks=True
+    )
     assert image.shape == (480, 640, 3) and image.dtype == np.uint8
     assert boxes.dtype == np.float32 and labels.dtype == np.int64
     assert len(boxes) == len(labels) == len(masks) > 0
@@ -63,7 +69,9 @@ def test_boxes_are_the_extent_of_the_masks(seed):
 @pytest.mark.parametrize("seed", range(4))
 def test_a_box_fits_what_is_seen(label, seed):
     """From the picture alone: a lone cell on an even field stands out just where its box says."""
-    image, boxes, labels = synthetic.draw_smear(np.random.default_rng(seed), counts={label: 1}, texture=False)
+    image, boxes, labels = synthetic.draw_smear(
+        np.random.default_rng(seed), counts={label: 1}, texture=False
+    )
     assert labels.tolist() == [label]
     darker = (synthetic.BACKGROUND - image).max(axis=2) > 12
     assert np.abs(np.array(extent(darker)) - boxes[0]).max() <= 3
@@ -82,7 +90,9 @@ def test_smears_overlap_and_are_cut_by_the_border_as_real_ones_are():
     cut = overlapping = red = 0
     sizes = {1: [], 2: [], 3: []}
     for seed in range(12):
-        _, boxes, labels, masks = synthetic.draw_smear(np.random.default_rng(seed), return_masks=True)
+        _, boxes, labels, masks = synthetic.draw_smear(
+            np.random.default_rng(seed), return_masks=True
+        )
         at_border = (boxes[:, :2].min(1) == 0) | (boxes[:, 2] == 640) | (boxes[:, 3] == 480)
         cut += int((at_border & (labels == 1)).sum())
         red += int((labels == 1).sum())
@@ -97,10 +107,14 @@ def test_smears_overlap_and_are_cut_by_the_border_as_real_ones_are():
 
 
 def test_counts_and_size_are_respected():
-    image, boxes, labels = synthetic.draw_smear(np.random.default_rng(0), size=(1000, 300), counts={1: 4, 3: 2})
+    image, boxes, labels = synthetic.draw_smear(
+        np.random.default_rng(0), size=(1000, 300), counts={1: 4, 3: 2}
+    )
     assert image.shape == (300, 1000, 3)
     assert sorted(labels.tolist()) == [1, 1, 1, 1, 3, 3]
-    _, boxes, labels, masks = synthetic.draw_smear(np.random.default_rng(0), counts={}, return_masks=True)
+    _, boxes, labels, masks = synthetic.draw_smear(
+        np.random.default_rng(0), counts={}, return_masks=True
+    )
     assert boxes.shape == (0, 4) and labels.shape == (0,) and masks.shape == (0, 480, 640)
     with pytest.raises(ValueError, match="unknown labels"):
         synthetic.draw_smear(np.random.default_rng(0), counts={4: 1})
@@ -114,19 +128,28 @@ def test_layout_and_annotations(tmp_path):
         split: (root / "BCCD" / "ImageSets" / "Main" / f"{split}.txt").read_text().split()
         for split in ("train", "val", "test", "trainval")
     }
-    assert {split: len(names) for split, names in splits.items()} == {"train": 4, "val": 2, "test": 1, "trainval": 6}
+    assert {split: len(names) for split, names in splits.items()} == {
+        "train": 4,
+        "val": 2,
+        "test": 1,
+        "trainval": 6,
+    }
     assert set(splits["trainval"]) == set(splits["train"]) | set(splits["val"])
     names = splits["trainval"] + splits["test"]
     assert len(set(names)) == 7
     for folder, suffix in (("JPEGImages", ".jpg"), ("Annotations", ".xml")):
-        assert sorted(path.name for path in (root / "BCCD" / folder).iterdir()) == sorted(n + suffix for n in names)
+        assert sorted(path.name for path in (root / "BCCD" / folder).iterdir()) == sorted(
+            n + suffix for n in names
+        )
     # what the XML says is what draw_smear returned, and the JPEG is the picture
     image, boxes, labels = synthetic.draw_smear(np.random.default_rng([1, 0, 0]))
     tree = ElementTree.parse(root / "BCCD" / "Annotations" / f"{splits['train'][0]}.xml")
     keys = ("xmin", "ymin", "xmax", "ymax")
     read = [[float(box.findtext(key)) for key in keys] for box in tree.iter("bndbox")]
     assert np.array_equal(read, boxes)
-    assert [o.findtext("name") for o in tree.iter("object")] == [synthetic.CLASS_NAMES[i - 1] for i in labels]
+    assert [o.findtext("name") for o in tree.iter("object")] == [
+        synthetic.CLASS_NAMES[i - 1] for i in labels
+    ]
     assert (tree.findtext("size/width"), tree.findtext("size/height")) == ("640", "480")
     with Image.open(root / "BCCD" / "JPEGImages" / tree.findtext("filename")) as picture:
         assert picture.size == (640, 480) and picture.mode == "RGB"
