@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Does the cost grow with the work? 1, 4 and 16 times BCCD, in drawn smears: steps, not whole epochs.
+"""Does the cost grow with the work? Steps, not epochs, on 1, 4 and 16 times BCCD, in drawn smears.
 
     python benchmarks/scaling.py [--times 1 4 16] [--steps 8] [--memory-mb 2000]
 
-205 smears are drawn once; larger sets are copies of them under other names, read and decoded anew. For each size, in a
-process of its own: seconds to parse the annotations; a first pass over all images (read, decode, squeeze, augment, no
-network) and a second one, in images a second; the median training step; the peak memory. Prints a Markdown table and
-how far the times lie from a straight line through the origin.
+205 smears are drawn once; larger sets are copies of them under other names, read and decoded anew.
+For each size, in a process of its own: seconds to parse the annotations; a first pass over all
+images (read, decode, squeeze, augment, no network) and a second one, in images a second; the
+median training step; the peak memory. Prints a Markdown table and how far the times lie from a
+straight line through the origin.
 """
 
 import argparse
@@ -39,7 +40,9 @@ def multiply(folder, times):
         (root / part).mkdir()
         for copy in range(times):
             for name in ids:
-                shutil.copyfile(drawn / part / f"{name}{suffix}", root / part / f"{name}_{copy}{suffix}")
+                shutil.copyfile(
+                    drawn / part / f"{name}{suffix}", root / part / f"{name}_{copy}{suffix}"
+                )
     names = [f"{name}_{copy}" for copy in range(times) for name in ids]
     (root / "ImageSets" / "Main" / "train.txt").write_text("\n".join(names) + "\n")
     return root
@@ -58,25 +61,32 @@ def measure(root, steps, memory_mb):
     for name in ("first", "second"):
         started = time.perf_counter()
         for batch in torch.randperm(len(data), generator=generator).split(nb.BATCH_SIZE):
-            nb.augment(*data.batch(batch.tolist(), device), generator)
+            nb.augment(*data.batch(batch.tolist(), device)[:3], generator, 4 / 3)
         figures[name] = time.perf_counter() - started
     model = nb.build_model(4, None, torch.randn(4, 3, 300, 300) * 50, 0)
     nb.freeze_blocks(model, nb.FROZEN_BLOCKS)  # as the default does where it has ImageNet weights
     run = nb.Run(model, 1, nb.pick_precision(device), device)
     seconds = []
-    for batch in torch.randperm(len(data), generator=generator)[: (steps + 2) * nb.BATCH_SIZE].split(nb.BATCH_SIZE):
+    for batch in torch.randperm(len(data), generator=generator)[
+        : (steps + 2) * nb.BATCH_SIZE
+    ].split(nb.BATCH_SIZE):
         started = time.perf_counter()
-        nb.optimisation_step(run, *nb.augment(*data.batch(batch.tolist(), device), generator))
+        targets = data.batch(batch.tolist(), device)[:3]
+        nb.optimisation_step(run, *nb.augment(*targets, generator, 4 / 3))
         seconds.append(time.perf_counter() - started)
     return {**figures, "step": statistics.median(seconds[2:]), "memory": peak_gb(nb, device)}
 
 
 def main():
     """Draw, measure each size, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--times", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--steps", type=int, default=8, help="training steps measured, after two")
-    parser.add_argument("--memory-mb", type=int, default=2000, help="IMAGE_MEMORY_MB: decoded images kept in memory")
+    parser.add_argument(
+        "--memory-mb", type=int, default=2000, help="IMAGE_MEMORY_MB: decoded images kept in memory"
+    )
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -85,7 +95,7 @@ def main():
     from synthetic_bccd import draw_dataset
 
     print(
-        "| images | parse, s | first pass, images/s | second pass, images/s | training step, s | peak memory, GB |\n"
+        "| images | parse, s | first pass, images/s | second pass, images/s | step, s | memory, GB |\n"
         "|---|---|---|---|---|---|"
     )
     rows = []
@@ -105,7 +115,9 @@ def main():
                 str(arguments.memory_mb),
             ]
             row = json.loads(
-                subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+                subprocess.run(
+                    command, check=True, capture_output=True, text=True
+                ).stdout.splitlines()[-1]
             )
             rows.append(row)
             shutil.rmtree(root.parent)
@@ -116,9 +128,13 @@ def main():
                 flush=True,
             )
     for name in ("parse", "first", "second"):
-        slope = sum(row[name] * row["images"] for row in rows) / sum(row["images"] ** 2 for row in rows)
+        slope = sum(row[name] * row["images"] for row in rows) / sum(
+            row["images"] ** 2 for row in rows
+        )
         worst = max(abs(row[name] / (slope * row["images"]) - 1) for row in rows)
-        print(f"{name}: {slope * 1000:.2f} ms an image; farthest from that straight line {worst:.0%}")
+        print(
+            f"{name}: {slope * 1000:.2f} ms an image; farthest from that straight line {worst:.0%}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
 #!/usr/bin/env python3
-"""Train the notebook's SSD300 and torchvision's ssd300_vgg16 on BCCD, each by its own recipe; compare on validation.
+"""Train our SSD300 and torchvision's on BCCD, each by its own recipe; compare on validation.
 
-    python benchmarks/train_side_by_side.py --dataset BCCD_Dataset [--side both] [--epochs 50] [--rates 0.0005 0.002]
+    python benchmarks/train_side_by_side.py --dataset BCCD_Dataset [--epochs 50] [--rates 0.0005]
 
-Alike on both sides: the images and split, the VGG-16 weights (--weights FILE, else downloaded), the batch of 8, the
-number of epochs, the arithmetic, the seed and how the detections are scored (score 0.01, NMS 0.45, 200 boxes).
-torchvision's side follows its reference recipe (references/detection, --data-augmentation ssd): photometric
-distortion, zoom-out, IoU crop, flip; SGD with momentum 0.9, weight decay 5e-4, a warm-up over the first epoch, the
-rate cut to a tenth after 2/3 and 11/12 of the epochs; its rate of 0.002 for 32 images is 0.0005 for 8. Every trial is
-one rate of one side. Prints a line an epoch and appends each finished trial to OUTPUT/trials.jsonl. The test split is
-not touched. --clip is no part of torchvision's recipe: it cuts the norm of its gradient, without which conv5 dies in
-the first forty steps on BCCD (ACCURACY.md).
+Alike on both sides: the images and split, the VGG-16 weights (--weights FILE, else downloaded),
+the batch of 8, the number of epochs, the arithmetic, the seed and how the detections are scored
+(score 0.01, NMS 0.45, 200 boxes). torchvision's side follows its reference recipe
+(references/detection, --data-augmentation ssd): photometric distortion, zoom-out, IoU crop, flip;
+SGD with momentum 0.9, weight decay 5e-4, a warm-up over the first epoch, the rate cut to a tenth
+after 2/3 and 11/12 of the epochs; its rate of 0.002 for 32 images is 0.0005 for 8. Every trial is
+one rate of one side. Prints a line an epoch and appends each finished trial to
+OUTPUT/trials.jsonl. The test split is not touched. --clip is no part of torchvision's recipe: it
+cuts the norm of its gradient, without which conv5 dies in the first forty steps on BCCD
+(ACCURACY.md).
 """
 
 import argparse
@@ -28,23 +30,36 @@ from torchvision.models.detection import ssd300_vgg16
 from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes, Image
 
-REFERENCE_RATE, REFERENCE_BATCH = 0.002, 32  # torchvision's references/detection/README.md, SSD300 VGG16
+REFERENCE_RATE, REFERENCE_BATCH = (
+    0.002,
+    32,
+)  # torchvision's references/detection/README.md, SSD300 VGG16
 
 
 def reference_recipe():
-    """torchvision's augmentation for SSD: a tv_tensors.Image with its boxes in, float in [0, 1] out."""
+    """torchvision's augmentation for SSD: a tv_tensors.Image with its boxes in, float in [0, 1]
+    out.
+    """
     fill = {Image: (123, 117, 104), "others": 0}
     steps = [v2.RandomPhotometricDistort(), v2.RandomZoomOut(fill=fill), v2.RandomIoUCrop()]
-    steps += [v2.RandomHorizontalFlip(p=0.5), v2.ToDtype(torch.float32, scale=True), v2.SanitizeBoundingBoxes()]
+    steps += [
+        v2.RandomHorizontalFlip(p=0.5),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.SanitizeBoundingBoxes(),
+    ]
     return v2.Compose(steps)
 
 
 def torchvision_model(nb, weights, num_classes):
-    """ssd300_vgg16 as its builder makes it, VGG-16 from `weights`, conv1 frozen (its default of 4 trainable stages)."""
+    """ssd300_vgg16 as its builder makes it, VGG-16 from `weights`, conv1 frozen (its default of 4
+    trainable stages).
+    """
     model = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=num_classes)
     convolutions = {key.removeprefix("features."): value for key, value in weights.items()}
     first = [layer for layer in model.backbone.features if isinstance(layer, torch.nn.Conv2d)]
-    last = [layer for layer in model.backbone.extra[0] if isinstance(layer, torch.nn.Conv2d)][:3]  # conv5
+    last = [layer for layer in model.backbone.extra[0] if isinstance(layer, torch.nn.Conv2d)][
+        :3
+    ]  # conv5
     numbers = sorted({int(key.split(".")[0]) for key in convolutions})
     with torch.no_grad():
         for number, layer in zip(numbers, [*first, *last], strict=True):
@@ -52,14 +67,21 @@ def torchvision_model(nb, weights, num_classes):
             layer.bias.copy_(convolutions[f"{number}.bias"])
     for layer in first[:2]:
         layer.requires_grad_(False)
-    model.score_thresh, model.nms_thresh, model.detections_per_img = nb.MIN_SCORE, nb.MAX_OVERLAP, nb.TOP_K
+    model.score_thresh, model.nms_thresh, model.detections_per_img = (
+        nb.MIN_SCORE,
+        nb.MAX_OVERLAP,
+        nb.TOP_K,
+    )
     return model
 
 
 def scores_of(nb, found, split):
     """Validation figures of detections, as the notebook computes them."""
     classes = len(split.class_names)
-    matches = [nb.match_detections(f, b, c, classes) for f, b, c in zip(found, split.boxes, split.labels, strict=True)]
+    matches = [
+        nb.match_detections(f, b, c, classes)
+        for f, b, c in zip(found, split.boxes, split.labels, strict=True)
+    ]
     map_50, map_all, by_class = nb.mean_average_precision(matches, classes)
     return {
         "map_50": round(map_50, 4),
@@ -69,15 +91,21 @@ def scores_of(nb, found, split):
 
 
 def train_torchvision(nb, train, val, weights, epochs, rate, dtype, device, clip=math.inf):
-    """One trial of torchvision's side, the norm of its gradient cut at `clip`: its figures on validation."""
+    """One trial of torchvision's side, the norm of its gradient cut at `clip`: its figures on
+    validation.
+    """
     torch.manual_seed(nb.SEED)
-    model = torchvision_model(nb, weights, len(train.class_names) + 1).to(device, memory_format=torch.channels_last)
+    model = torchvision_model(nb, weights, len(train.class_names) + 1).to(
+        device, memory_format=torch.channels_last
+    )
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=rate, momentum=0.9, weight_decay=5e-4)
     recipe, steps = reference_recipe(), math.ceil(len(train) / nb.BATCH_SIZE)
     living = [0.0]  # the share of conv5_3's outputs above zero in the last step
     conv5_3 = [layer for layer in model.backbone.extra[0] if isinstance(layer, torch.nn.ReLU)][2]
-    watch = conv5_3.register_forward_hook(lambda _, __, out: living.__setitem__(0, float((out > 0).float().mean())))
+    watch = conv5_3.register_forward_hook(
+        lambda _, __, out: living.__setitem__(0, float((out > 0).float().mean()))
+    )
     half = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     model.train()
     for epoch in range(epochs):
@@ -91,7 +119,9 @@ def train_torchvision(nb, train, val, weights, epochs, rate, dtype, device, clip
             for index in batch.tolist():
                 image, boxes, labels = train[index]
                 boxes = BoundingBoxes(boxes, format="XYXY", canvas_size=image.shape[:2])
-                image, target = recipe(Image(torch.tensor(image).permute(2, 0, 1)), {"boxes": boxes, "labels": labels})
+                image, target = recipe(
+                    Image(torch.tensor(image).permute(2, 0, 1)), {"boxes": boxes, "labels": labels}
+                )
                 images.append(image.as_subclass(torch.Tensor).to(device))
                 targets.append(
                     {
@@ -111,7 +141,8 @@ def train_torchvision(nb, train, val, weights, epochs, rate, dtype, device, clip
             total += float(loss.detach())
         print(
             f"torchvision, rate {rate:g}, epoch {epoch + 1}/{epochs}: "
-            f"loss {total / steps:.3f}, conv5_3 above zero {living[0]:.2%}, {time.perf_counter() - started:.0f} s",
+            f"loss {total / steps:.3f}, conv5_3 above zero {living[0]:.2%}, "
+            f"{time.perf_counter() - started:.0f} s",
             flush=True,
         )
     watch.remove()
@@ -150,18 +181,31 @@ def train_ours(nb, train, val, weights, epochs, rate, dtype, device):
 
 def main():
     """Run the trials that were asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dataset", default=os.environ.get("BCCD_DATASET", "BCCD_Dataset"))
     parser.add_argument(
-        "--weights", default=os.environ.get("VGG16_WEIGHTS", ""), help="VGG-16 features; empty: download"
+        "--weights",
+        default=os.environ.get("VGG16_WEIGHTS", ""),
+        help="VGG-16 features; empty: download",
     )
     parser.add_argument("--side", choices=("ours", "torchvision", "both"), default="both")
     parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--batch-size", type=int, default=8, help="of both sides")
-    parser.add_argument("--rates", type=float, nargs="+", help="one trial each; the default is each side's own rate")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", help="one trial each; the default is each side's own rate"
+    )
     parser.add_argument("--seed", type=int, help="of both sides; the default is the notebook's")
-    parser.add_argument("--clip", type=float, default=math.inf, help="gradient norm of torchvision's side at most this")
-    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument(
+        "--clip",
+        type=float,
+        default=math.inf,
+        help="gradient norm of torchvision's side at most this",
+    )
+    parser.add_argument(
+        "--precision", choices=("auto", "float32", "bfloat16", "float16"), default="auto"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", default="runs/side_by_side", help="folder of trials.jsonl")
     arguments = parser.parse_args()
@@ -196,8 +240,10 @@ def main():
                 "batch": nb.BATCH_SIZE,
                 "seed": nb.SEED,
                 "precision": str(dtype),
-                "clip": arguments.clip if side == "torchvision" and math.isfinite(arguments.clip) else None,
-                "weights": arguments.weights or "data/vgg16_features.pth",
+                "clip": arguments.clip
+                if side == "torchvision" and math.isfinite(arguments.clip)
+                else None,
+                "weights": Path(arguments.weights).name or "ImageNet features",
                 "minutes": round((time.perf_counter() - started) / 60, 1),
                 "device": nb.device_name(device),
                 "validation": figures,
