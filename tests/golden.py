@@ -22,7 +22,9 @@ def detections(nb, bccd_root):
     return {
         split.ids[row]: [
             [label, round(score, 4), *(round(side, 1) for side in box)]
-            for label, score, box in zip(*(one[k].tolist() for k in ("labels", "scores", "boxes")), strict=True)
+            for label, score, box in zip(
+                *(one[k].tolist() for k in ("labels", "scores", "boxes")), strict=True
+            )
         ]
         for row, one in zip(rows, found, strict=True)
     }
@@ -33,7 +35,9 @@ if __name__ == "__main__":
 
     nb = load_definitions()
     with tempfile.TemporaryDirectory() as folder:
-        data = nb.fetch_dataset(Path(folder) / "BCCD_Dataset", "", ROOT / "data" / "BCCD_Dataset.zip")
+        data = nb.fetch_dataset(
+            Path(folder) / "BCCD_Dataset", "", ROOT / "data" / "BCCD_Dataset.zip"
+        )
         content = detections(nb, data)
     lines = ",\n".join(f'"{name}": {json.dumps(rows)}' for name, rows in content.items())
     GOLDEN.write_text("{\n" + lines + "\n}\n", encoding="utf-8")

@@ -9,7 +9,9 @@ import synthetic_bccd as synthetic
 @pytest.fixture
 def clean(tmp_path):
     """A drawn dataset of 10, 4 and 4 smears that a test may spoil: its BCCD folder."""
-    return synthetic.draw_dataset(tmp_path / "BCCD_Dataset", train=10, val=4, test=4, seed=21) / "BCCD"
+    return (
+        synthetic.draw_dataset(tmp_path / "BCCD_Dataset", train=10, val=4, test=4, seed=21) / "BCCD"
+    )
 
 
 def load(nb, bccd):
@@ -25,7 +27,10 @@ def labels_of(nb, bccd):
 def shared(nb, bccd):
     """Pairs of (split, id) that share a field, each as a set, with the share in common."""
     pixels, names = nb.thumbnails(load(nb, bccd))
-    return {frozenset((names[i], names[j])): common for i, j, _, common in nb.find_shared_fields(pixels)}
+    return {
+        frozenset((names[i], names[j])): common
+        for i, j, _, common, _ in nb.find_shared_fields(pixels)
+    }
 
 
 def test_clean_data_has_no_fault(nb, clean):
@@ -67,7 +72,9 @@ def test_a_near_duplicate_in_another_split(nb, clean):
     assert next(iter(found.values())) > 0.95
 
 
-@pytest.mark.parametrize(("shift", "seed"), [((260, 70), 77), ((-180, 160), 78), ((0, 240), 79), ((330, 0), 80)])
+@pytest.mark.parametrize(
+    ("shift", "seed"), [((260, 70), 77), ((-180, 160), 78), ((0, 240), 79), ((330, 0), 80)]
+)
 def test_fields_that_overlap_across_splits(nb, clean, shift, seed):
     names = planting.overlapping_fields(clean, "train", "test", shift=shift, seed=seed)
     found = shared(nb, clean)
@@ -84,7 +91,9 @@ def test_all_faults_at_once(nb, clean):
     copy = planting.near_duplicate(clean, train[2], "val")
     fields = planting.overlapping_fields(clean, "val", "test")
     found, _ = labels_of(nb, clean)
-    assert sorted(found.values()) == sorted([[("train", train[0])], [("train", train[1])], [("val", val[0])]])
+    assert sorted(found.values()) == sorted(
+        [[("train", train[0])], [("train", train[1])], [("val", val[0])]]
+    )
     assert set(shared(nb, clean)) == {
         frozenset({("train", train[2]), ("val", copy)}),
         frozenset({("val", fields[0]), ("test", fields[1])}),
@@ -95,7 +104,7 @@ def test_all_faults_at_once(nb, clean):
 def real_findings(nb, bccd_root):
     datasets = load(nb, nb.dataset_root(bccd_root))
     pixels, names = nb.thumbnails(datasets)
-    pairs = [(names[i], names[j], common) for i, j, _, common in nb.find_shared_fields(pixels)]
+    pairs = [(names[i], names[j], common) for i, j, _, common, _ in nb.find_shared_fields(pixels)]
     return nb.audit_labels(datasets), pairs
 
 
@@ -108,10 +117,18 @@ def rows(findings, word):
 def test_known_label_faults_of_bccd(real_findings):
     findings, _ = real_findings
     assert rows(findings, "zero") == [("train", 343), ("val", 338)]
-    duplicates = {("train", n) for n in (20, 100, 251, 403)} | {("val", 104), ("val", 331), ("test", 284)}
+    duplicates = {("train", n) for n in (20, 100, 251, 403)} | {
+        ("val", 104),
+        ("val", 331),
+        ("test", 284),
+    }
     assert set(rows(findings, "duplicate")) == duplicates
     without = [split for split, _ in rows(findings, "RBC")]
-    assert {split: without.count(split) for split in ("train", "val", "test")} == {"train": 8, "val": 4, "test": 3}
+    assert {split: without.count(split) for split in ("train", "val", "test")} == {
+        "train": 8,
+        "val": 4,
+        "test": 3,
+    }
 
 
 def test_known_shared_fields_of_bccd(real_findings):
@@ -125,3 +142,71 @@ def test_known_shared_fields_of_bccd(real_findings):
     assert len(found & known) >= 8 and len(found - known) <= 2
     nearly_identical = [{a[1], b[1]} for a, b, common in pairs if common > 0.95]
     assert {"BloodImage_00037", "BloodImage_00038"} in nearly_identical
+
+
+def test_fields_in_one_split_and_strangers(nb):
+    """Two crops of one drawn field are found with their share in common, a third picture is not."""
+    import torch
+
+    field = torch.rand(1, 1, 17, 26, generator=torch.Generator().manual_seed(4)) * 255
+    field = torch.nn.functional.interpolate(field, (68, 104), mode="bicubic")[0, 0]
+    pixels = torch.stack([field[:48, :64], field.flip(0)[:48, :64], field[18:66, 10:74]])
+    ((first, second, correlation, share, shift),) = nb.find_shared_fields(pixels)
+    assert (first, second) == (0, 2) and correlation > 0.9
+    assert share == pytest.approx(30 * 54 / (48 * 64), abs=0.03)
+    assert shift == [18, 10]
+
+
+def test_pictures_without_contrast_share_nothing(nb):
+    import torch
+
+    assert nb.find_shared_fields(torch.full((3, 48, 64), 200.0)) == []
+    assert nb.find_shared_fields(torch.rand(1, 48, 64)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("BATCH_SIZE", 0),
+        ("NUM_EPOCHS", 2.5),
+        ("NUM_EPOCHS", True),
+        ("KEEP_VISIBLE", 0),
+        ("MATCH_IOU", 1.5),
+        ("MATCH_IOU", "half"),
+        ("TRAINING", "never"),
+        ("PRIOR_RATIOS", [[1.5, 2.25]] * 4 + [[1.5]] * 2),
+        ("PRIOR_SCALES", [0.1] * 6),
+        ("ZOOM_RANGE", [1.4, 0.8]),
+        ("FROZEN_BLOCKS", 6),
+        ("CLASS_NAMES", ["RBC", "RBC"]),
+        ("CLASS_NAMES", []),
+        ("PRECISION", "float8"),
+    ],
+)
+def test_constants_that_cannot_work_are_named(nb, name, value):
+    nb.check_configuration(vars(nb))
+    with pytest.raises(nb.StudyError, match=f"{name} = .*: it must be "):
+        nb.check_configuration({**vars(nb), name: value})
+
+
+def test_every_constant_that_is_checked_exists_and_colours_suffice(nb):
+    for names, _, _ in nb.CHECKS:
+        assert all(hasattr(nb, name) for name in names.split())
+    assert len(nb.CLASS_COLOURS) >= 2 * len(nb.CLASS_NAMES)
+
+
+@pytest.mark.parametrize("count", [0, 1, 12])
+def test_boxes_of_any_number_are_drawn_and_rare_classes_named(nb, count):
+    import numpy as np
+    import torch
+
+    labels = torch.tensor(([1] * 10 + [2, 3])[:count], dtype=torch.int64)
+    boxes = torch.arange(count)[:, None] * 20.0 + torch.tensor([0, 60, 15, 75])
+    _, (axis,) = nb.sheet(1, 1)
+    nb.draw_boxes(axis, np.zeros((200, 300, 3), np.uint8), boxes, labels, torch.full((count,), 0.9))
+    words = [text.get_text() for text in axis.texts]
+    nb.plt.close("all")
+    assert len(axis.patches) == count
+    assert [word for word in words if word.startswith(tuple(nb.CLASS_NAMES))] == (
+        ["WBC 0.90", "Platelets 0.90"] if count == 12 else ["RBC 0.90"] * count
+    )

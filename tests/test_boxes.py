@@ -40,7 +40,9 @@ def test_iou_by_property(nb, seed):
 
 def test_iou_known_values(nb):
     a = torch.tensor([[0.0, 0.0, 2.0, 2.0]])
-    b = torch.tensor([[1.0, 1.0, 3.0, 3.0], [2.0, 0.0, 4.0, 2.0], [0.0, 0.0, 2.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
+    b = torch.tensor(
+        [[1.0, 1.0, 3.0, 3.0], [2.0, 0.0, 4.0, 2.0], [0.0, 0.0, 2.0, 1.0], [1.0, 1.0, 1.0, 1.0]]
+    )
     assert torch.allclose(nb.box_iou(a, b), torch.tensor([[1 / 7, 0.0, 0.5, 0.0]]))
     assert nb.box_iou(b[3:], b[3:]).item() == 0  # no area, no overlap, no NaN
 
@@ -66,7 +68,9 @@ def test_encode_and_decode_are_inverse(nb, seed):
     boxes, priors = random_boxes(seed, 20), nb.xyxy_to_cxcywh(random_boxes(seed + 1, 20))
     offsets = nb.encode(boxes, priors)
     assert torch.allclose(nb.decode(offsets, priors), boxes, atol=1e-5)
-    assert torch.allclose(nb.encode(nb.cxcywh_to_xyxy(priors), priors), torch.zeros(20, 4), atol=1e-4)
+    assert torch.allclose(
+        nb.encode(nb.cxcywh_to_xyxy(priors), priors), torch.zeros(20, 4), atol=1e-4
+    )
 
 
 @quick
@@ -75,11 +79,16 @@ def test_encode_equals_torchvision_box_coder(nb, seed):
     from torchvision.models.detection._utils import BoxCoder
 
     coder = BoxCoder(weights=(10.0, 10.0, 5.0, 5.0))  # the variances 0.1 and 0.2
-    boxes, anchors = random_boxes(seed, 20, side=0.05), random_boxes(seed + 1, 20, side=0.05)  # it clamps beyond 62:1
+    boxes, anchors = (
+        random_boxes(seed, 20, side=0.05),
+        random_boxes(seed + 1, 20, side=0.05),
+    )  # it clamps beyond 62:1
     offsets = nb.encode(boxes, nb.xyxy_to_cxcywh(anchors))
     assert torch.allclose(offsets, coder.encode_single(boxes, anchors), atol=1e-3, rtol=1e-4)
     assert torch.allclose(
-        nb.decode(offsets, nb.xyxy_to_cxcywh(anchors)), coder.decode_single(offsets, anchors), atol=1e-5
+        nb.decode(offsets, nb.xyxy_to_cxcywh(anchors)),
+        coder.decode_single(offsets, anchors),
+        atol=1e-5,
     )
 
 
@@ -88,7 +97,9 @@ def test_encode_by_hand(nb):
     box = torch.tensor([[0.5, 0.5, 0.7, 0.9]])  # centre (0.6, 0.7), 0.2 x 0.4
     assert torch.allclose(nb.encode(box, prior), torch.tensor([[5.0, 5.0, 0.0, 0.0]]), atol=1e-5)
     wide = torch.tensor([[0.3, 0.3, 0.7, 0.7]])  # twice as wide
-    assert torch.allclose(nb.encode(wide, prior), torch.tensor([[0.0, 0.0, math.log(2) / 0.2, 0.0]]), atol=1e-5)
+    assert torch.allclose(
+        nb.encode(wide, prior), torch.tensor([[0.0, 0.0, math.log(2) / 0.2, 0.0]]), atol=1e-5
+    )
 
 
 @quick
@@ -96,7 +107,10 @@ def test_encode_by_hand(nb):
 def test_nms_equals_torchvision(nb, seed, count, overlap):
     boxes = random_boxes(seed, count)
     scores = torch.randperm(count, generator=torch.Generator().manual_seed(seed)) / max(count, 1)
-    assert nb.non_maximum_suppression(boxes, scores, overlap).tolist() == ops.nms(boxes, scores, overlap).tolist()
+    assert (
+        nb.non_maximum_suppression(boxes, scores, overlap).tolist()
+        == ops.nms(boxes, scores, overlap).tolist()
+    )
 
 
 @pytest.mark.parametrize("count", [0, 1])

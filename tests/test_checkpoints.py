@@ -53,7 +53,9 @@ def test_a_failed_write_leaves_the_old_file(nb, tmp_path):
     nb.save_atomically({"kind": "training", "epoch": 3}, path)
     before = path.read_bytes()
     with pytest.raises(OSError, match="no space"):
-        nb.save_atomically({"kind": "training", "tensor": torch.zeros(1000), "bad": Explodes()}, path)
+        nb.save_atomically(
+            {"kind": "training", "tensor": torch.zeros(1000), "bad": Explodes()}, path
+        )
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["last.pth"]
 

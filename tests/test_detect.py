@@ -1,4 +1,6 @@
-"""Detection: torchvision's post-processing on the same head outputs, any image size, and images without a cell."""
+"""Detection: torchvision's post-processing on the same head outputs, any image size, and images
+without a cell.
+"""
 
 import json
 
@@ -63,7 +65,9 @@ def perfect(nb, boxes, labels, size):
     best = ops.box_iou(shares, ops.box_convert(priors, "cxcywh", "xyxy")).argmax(1)
     locs, scores = torch.zeros(8732, 4), torch.tensor([20.0, 0, 0, 0]).repeat(8732, 1)
     locs[best] = nb.encode(shares, priors[best])
-    scores[best] = torch.nn.functional.one_hot(labels, 4).float() * (20 + torch.rand(len(labels), 1))
+    scores[best] = torch.nn.functional.one_hot(labels, 4).float() * (
+        20 + torch.rand(len(labels), 1)
+    )
     return Fixed(priors, locs, scores)
 
 
@@ -79,7 +83,11 @@ def test_boxes_come_back_in_the_pixels_of_the_image(nb, size):
 
 def test_best_first_and_no_more_than_asked(nb):
     g = torch.Generator().manual_seed(1)
-    model = Fixed(nb.create_prior_boxes(), torch.randn(8732, 4, generator=g), torch.randn(8732, 4, generator=g) * 2)
+    model = Fixed(
+        nb.create_prior_boxes(),
+        torch.randn(8732, 4, generator=g),
+        torch.randn(8732, 4, generator=g) * 2,
+    )
     full = nb.detect(model, [picture(64, 64)], vote_overlap=1.0)[0]
     assert len(full["scores"]) == 200 and (full["scores"].diff() <= 0).all()
     assert full["scores"].min() > 0.01
@@ -94,7 +102,9 @@ def test_best_first_and_no_more_than_asked(nb):
 
 
 def test_voting_moves_each_box_to_the_mean_of_those_near_it(nb):
-    """Box voting as a loop: same kept boxes, labels and scores; each box the mean of its neighbours by score."""
+    """Box voting as a loop: same kept boxes, labels and scores; each box the mean of its
+    neighbours by score.
+    """
     g = torch.Generator().manual_seed(4)
     low = torch.rand(60, 2, generator=g) * 0.15
     boxes = torch.cat([low, low + 0.5 + 0.1 * torch.rand(60, 2, generator=g)], 1)
@@ -102,8 +112,12 @@ def test_voting_moves_each_box_to_the_mean_of_those_near_it(nb):
     (plain,) = nb.select_detections(boxes[None], scores[None], 0.1, 0.45, 200)
     (voted,) = nb.select_detections(boxes[None], scores[None], 0.1, 0.45, 200, 0.7)
     assert 0 < len(plain["boxes"]) < 30
-    assert torch.equal(plain["labels"], voted["labels"]) and torch.equal(plain["scores"], voted["scores"])
-    for box, new, label in zip(plain["boxes"], voted["boxes"], plain["labels"].tolist(), strict=True):
+    assert torch.equal(plain["labels"], voted["labels"]) and torch.equal(
+        plain["scores"], voted["scores"]
+    )
+    for box, new, label in zip(
+        plain["boxes"], voted["boxes"], plain["labels"].tolist(), strict=True
+    ):
         total, weight = torch.zeros(4), 0.0
         for other, score in zip(boxes, scores[:, label].tolist(), strict=True):
             if score > 0.1 and ops.box_iou(box[None], other[None]).item() >= 0.7:
@@ -111,12 +125,83 @@ def test_voting_moves_each_box_to_the_mean_of_those_near_it(nb):
         assert torch.allclose(new, total / weight, atol=1e-5)
 
 
+def test_a_box_without_area_is_no_number_that_is_none(nb):
+    """Two boxes squashed to a line at the border overlap nothing, not even themselves: voting
+    leaves them alone.
+    """
+    boxes = torch.tensor([[[1.0, 0.2, 1.0, 0.4], [0.1, 0.1, 0.3, 0.3], [0.11, 0.1, 0.31, 0.3]]])
+    scores = torch.tensor([[[0.1, 0.9], [0.2, 0.8], [0.6, 0.4]]])
+    (found,) = nb.select_detections(boxes, scores, 0.01, 0.45, 200, 0.6)
+    assert (
+        torch.isfinite(found["boxes"]).all() and found["boxes"][0].tolist() == boxes[0, 0].tolist()
+    )
+    assert torch.allclose(
+        found["boxes"][1], torch.tensor([0.31 / 3, 0.1, 0.91 / 3, 0.3]), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("classes", [1, 3, 9])
+def test_skipped_cells_count_in_one_reading_only(nb, classes):
+    g = torch.Generator().manual_seed(classes)
+    given = torch.rand(2, 5, 1 + 2 * classes, generator=g).softmax(-1)
+    official, every = (nb.read_probabilities(given, classes, every) for every in (False, True))
+    assert official.shape == every.shape == (2, 5, 1 + classes)
+    assert torch.equal(official, given[..., : 1 + classes])
+    assert torch.allclose(every.sum(-1), torch.ones(2, 5)) and torch.equal(
+        every[..., 0], given[..., 0]
+    )
+    for label in range(1, classes + 1):
+        assert torch.allclose(every[..., label], given[..., label] + given[..., classes + label])
+    assert nb.read_probabilities(official, classes, True) is not None
+    assert torch.equal(
+        nb.read_probabilities(official, classes, True), official
+    )  # nothing skipped was learned
+
+
+def test_a_skipped_cell_is_found_where_every_cell_is_asked_for(nb):
+    priors = nb.create_prior_boxes()
+    scores = torch.tensor([9.0, 0, 0, 0, 0, 0, 0]).repeat(8732, 1)
+    scores[5000] = torch.tensor([0, 0, 9.0, 0, 0, 0, 0])  # a white cell that has a box
+    scores[2000] = torch.tensor([0, 0, 0, 0, 9.0, 0, 0])  # a red cell that would have none
+    model, image = Fixed(priors, torch.zeros(8732, 4), scores), picture(640, 480)
+    (official,), (every,) = (
+        nb.detect(model, [image], min_score=0.5, every_cell=e) for e in (False, True)
+    )
+    assert official["labels"].tolist() == [2]
+    assert sorted(every["labels"].tolist()) == [1, 2]
+    assert torch.equal(every["boxes"][every["labels"] == 2], official["boxes"])
+
+
+def test_the_readings_differ_in_their_suppression(nb):
+    """Two boxes with an IoU of 0.33 are two cells in the official reading and one where every cell
+    counts.
+    """
+    outputs = (
+        torch.tensor([[[0.0, 0, 0.2, 0.2], [0.1, 0, 0.3, 0.2]]]),
+        torch.tensor([[[0.1, 0.9], [0.2, 0.8]]]),
+    )
+    numbers = [
+        len(nb.select_detections(*outputs, **nb.protocol(every))[0]["labels"])
+        for every in (False, True)
+    ]
+    assert numbers == [2, 1] and nb.protocol() == {
+        "min_score": 0.01,
+        "max_overlap": 0.45,
+        "top_k": 200,
+        "vote_overlap": 0.6,
+    }
+
+
 def test_decoding_the_candidates_alone_equals_decoding_everything(nb):
-    """Three images at once, offsets decoded late: the same as one image, one class at a time, on decoded boxes."""
+    """Three images at once, offsets decoded late: the same as one image, one class at a time, on
+    decoded boxes.
+    """
     g = torch.Generator().manual_seed(5)
     priors = nb.create_prior_boxes()
     locs = torch.randn(3, 8732, 4, generator=g)
-    scores = (torch.randn(3, 8732, 4, generator=g) * 2 + torch.tensor([4.0, 0, -2, -30])).softmax(-1)
+    scores = (torch.randn(3, 8732, 4, generator=g) * 2 + torch.tensor([4.0, 0, -2, -30])).softmax(
+        -1
+    )
     late = nb.select_detections(locs, scores, 0.01, 0.45, 200, priors=priors)
     boxes = nb.decode(locs, priors).clamp(0, 1)
     early = nb.select_detections(boxes, scores, 0.01, 0.45, 200)
@@ -132,16 +217,24 @@ def test_decoding_the_candidates_alone_equals_decoding_everything(nb):
         for found in (late[b], early[b]):
             assert found["scores"].tolist() == [score for score, _, _ in wanted]
             assert found["labels"].tolist() == [label for _, label, _ in wanted]
-            assert torch.allclose(found["boxes"], torch.stack([box for _, _, box in wanted]), atol=1e-6)
+            assert torch.allclose(
+                found["boxes"], torch.stack([box for _, _, box in wanted]), atol=1e-6
+            )
     assert 3 not in late[0]["labels"].tolist() and len(late[0]["labels"]) > 50
 
 
 def test_nothing_found_is_an_empty_answer_of_the_right_shape(nb):
     scores = torch.tensor([30.0, 0, 0, 0]).repeat(8732, 1)
-    found = nb.detect(Fixed(nb.create_prior_boxes(), torch.zeros(8732, 4), scores), [picture(640, 480)] * 2)
+    found = nb.detect(
+        Fixed(nb.create_prior_boxes(), torch.zeros(8732, 4), scores), [picture(640, 480)] * 2
+    )
     assert len(found) == 2
     for one in found:
-        assert one["boxes"].shape == (0, 4) and one["labels"].shape == (0,) and one["scores"].shape == (0,)
+        assert (
+            one["boxes"].shape == (0, 4)
+            and one["labels"].shape == (0,)
+            and one["scores"].shape == (0,)
+        )
     assert nb.detect(Fixed(nb.create_prior_boxes(), torch.zeros(8732, 4), scores), []) == []
 
 
@@ -149,7 +242,10 @@ def test_an_image_does_not_depend_on_its_neighbours(nb):
     torch.manual_seed(0)
     model = nb.SSD300(4).eval()
     g = np.random.default_rng(0)
-    images = [g.integers(0, 255, shape, dtype=np.uint8) for shape in ((480, 640, 3), (100, 333, 3), (300, 300, 3))]
+    images = [
+        g.integers(0, 255, shape, dtype=np.uint8)
+        for shape in ((480, 640, 3), (100, 333, 3), (300, 300, 3))
+    ]
     together = nb.detect(model, images, min_score=0.2, top_k=20)
     for image, one in zip(images, together, strict=True):
         alone = nb.detect(model, [image], min_score=0.2, top_k=20)[0]
@@ -160,7 +256,9 @@ def test_an_image_does_not_depend_on_its_neighbours(nb):
 
 def test_the_default_boxes_of_torchvision_are_served_too(nb):
     """Priors made by torchvision's generator decode to its own default boxes at offset zero."""
-    generator = DefaultBoxGenerator([[2], [2, 3], [2, 3], [2, 3], [2], [2]], scales=nb.PAPER_SCALES, clip=False)
+    generator = DefaultBoxGenerator(
+        [[2], [2, 3], [2, 3], [2, 3], [2], [2]], scales=nb.PAPER_SCALES, clip=False
+    )
     maps = [torch.zeros(1, 1, n, n) for n in (38, 19, 10, 5, 3, 1)]
     boxes = generator(ImageList(torch.zeros(1, 3, 300, 300), [(300, 300)]), maps)[0]
     priors = ops.box_convert(boxes / 300, "xyxy", "cxcywh")
@@ -173,7 +271,10 @@ def test_the_default_boxes_of_torchvision_are_served_too(nb):
 
 def test_the_committed_detector_finds_what_it_found(nb, bccd_root):
     """15 validation images: every stored detection is there again, and no sure one is new."""
-    stored, found = json.loads(golden.GOLDEN.read_text(encoding="utf-8")), golden.detections(nb, bccd_root)
+    stored, found = (
+        json.loads(golden.GOLDEN.read_text(encoding="utf-8")),
+        golden.detections(nb, bccd_root),
+    )
     assert set(stored) == set(found) and len(stored) == 15
     assert sum(map(len, stored.values())) > 100
 
@@ -191,7 +292,9 @@ def test_the_committed_detector_finds_what_it_found(nb, bccd_root):
 
 
 def test_the_committed_detector_fits_what_people_boxed(nb, bccd_root):
-    """Of the boxes of 15 validation images most are found: the stored detections are those of a detector that works."""
+    """Of the boxes of 15 validation images most are found: the stored detections are those of a
+    detector that works.
+    """
     split = nb.SmearSplit(nb.dataset_root(bccd_root), "val")
     stored = json.loads(golden.GOLDEN.read_text(encoding="utf-8"))
     hits = total = 0

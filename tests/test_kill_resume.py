@@ -15,7 +15,14 @@ from conftest import NOTEBOOK, ROOT
 from synthetic_bccd import draw_dataset
 
 STAMP = "ssd_runner"  # where a run of the script stamps the sources
-SETTINGS = {"NUM_EPOCHS": "3", "BATCH_SIZE": "2", "PRECISION": '"float32"', "FROZEN_BLOCKS": "5", "SAVE_EVERY": "1"}
+SETTINGS = {
+    "NUM_EPOCHS": "3",
+    "BATCH_SIZE": "2",
+    "PRECISION": '"float32"',
+    "FROZEN_BLOCKS": "5",
+    "SAVE_EVERY": "1",
+}
+SETTINGS["PASSES_PER_EPOCH"] = "1"
 
 
 def up_to_training(folder, **more):
@@ -39,7 +46,9 @@ def kernel_of(folder):
         if entry.isdigit():
             try:
                 command = open(f"/proc/{entry}/cmdline").read()
-                if "ipykernel_launcher" in command and os.path.samefile(os.readlink(f"/proc/{entry}/cwd"), folder):
+                if "ipykernel_launcher" in command and os.path.samefile(
+                    os.readlink(f"/proc/{entry}/cwd"), folder
+                ):
                     return int(entry)
             except OSError:
                 pass
@@ -58,12 +67,21 @@ def test_a_killed_kernel_ends_with_the_same_weights(tmp_path, vgg_weights):
         shutil.copytree(ROOT / "ssd_runner", folder / "ssd_runner")
         up_to_training(folder)
         command = [sys.executable, "execute_ssd_notebook.py", "--dataset", str(tmp_path / "data")]
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("BCCD_", "VGG16_", "SSD_"))}
+        environment = {
+            k: v for k, v in os.environ.items() if not k.startswith(("BCCD_", "VGG16_", "SSD_"))
+        }
         runner = subprocess.Popen(
-            [*command, "--weights", str(vgg_weights)], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
+            [*command, "--weights", str(vgg_weights)],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         if name == "killed":
-            while not (folder / "checkpoints" / "ssd300_epoch_1.pth").exists() and runner.poll() is None:
+            while (
+                not (folder / "checkpoints" / "ssd300_epoch_1.pth").exists()
+                and runner.poll() is None
+            ):
                 time.sleep(0.05)
             os.kill(kernel_of(folder), signal.SIGKILL)
         said, _ = runner.communicate()

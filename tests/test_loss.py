@@ -1,4 +1,4 @@
-"""Matching, mining and loss against a slow loop written from the paper (Liu et al. 2016, section 2.2)."""
+"""Matching, mining and loss against a slow loop from the paper (Liu et al. 2016, section 2.2)."""
 
 import math
 
@@ -25,7 +25,7 @@ def example(seed, images=3, count=300, objects=(4, 1, 7)):
 
 
 def slow_match(priors, boxes, labels):
-    """For each prior its object or None: first every object's best prior, then any overlap of 0.5."""
+    """For each prior its object or None: any overlap of 0.5, first of all one for each object."""
     corners = ops.box_convert(priors, "cxcywh", "xyxy").tolist()
 
     def iou(a, b):
@@ -35,19 +35,25 @@ def slow_match(priors, boxes, labels):
             return 0.0
         return w * h / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - w * h)
 
-    objects = [(i, box) for i, (box, label) in enumerate(zip(boxes.tolist(), labels.tolist(), strict=True)) if label]
+    objects = [
+        (i, box)
+        for i, (box, label) in enumerate(zip(boxes.tolist(), labels.tolist(), strict=True))
+        if label
+    ]
     matched = [None] * len(corners)
     for p, corner in enumerate(corners):
         best = max(((iou(box, corner), i) for i, box in objects), default=(0, None))
         if best[0] >= 0.5:
             matched[p] = best[1]
-    forced = {}
-    for i, box in objects:
-        overlap, p = max((iou(box, corner), -p) for p, corner in enumerate(corners))
-        if -p not in forced or overlap > forced[-p][0]:
-            forced[-p] = (overlap, i)
-    for p, (_, i) in forced.items():
-        matched[p] = i
+    pairs = sorted(
+        (-iou(box, corner), i, p) for i, box in objects for p, corner in enumerate(corners)
+    )
+    served, taken = set(), set()
+    for _, i, p in pairs:  # the closest pair first: no two objects share a prior
+        if i not in served and p not in taken:
+            served.add(i)
+            taken.add(p)
+            matched[p] = i
     return matched
 
 
@@ -76,7 +82,9 @@ def slow_loss(priors, locs, scores, boxes, labels):
                 d = abs(predicted - wanted)
                 localization += 0.5 * d * d if d < 1 else d - 0.5
             confidence -= log_softmax[p][int(labels[b, matched[p]])]
-        negatives = sorted((p for p, i in enumerate(matched) if i is None), key=lambda p: log_softmax[p][0])
+        negatives = sorted(
+            (p for p, i in enumerate(matched) if i is None), key=lambda p: log_softmax[p][0]
+        )
         negatives = negatives[: 3 * len(positive)]
         confidence -= sum(log_softmax[p][0] for p in negatives)
         positives.append({p: int(labels[b, matched[p]]) for p in positive})
@@ -98,7 +106,7 @@ def test_matching_equals_the_loop(nb, seed):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_matching_image_by_image_equals_the_whole_batch_at_once(nb, seed):
-    """The CPU goes image by image, a GPU takes the batch; padding and cut cells may stand anywhere among the boxes."""
+    """A CPU goes image by image, a GPU takes the batch; padding and cut cells stand anywhere."""
     g = torch.Generator().manual_seed(seed)
     low = torch.rand(5, 9, 2, generator=g) * 0.8
     boxes = torch.cat([low, low + 0.02 + 0.2 * torch.rand(5, 9, 2, generator=g)], -1)
@@ -106,7 +114,7 @@ def test_matching_image_by_image_equals_the_whole_batch_at_once(nb, seed):
     labels[4] = 0
     criterion = nb.MultiBoxLoss(nb.create_prior_boxes())
     classes, item = criterion.match(boxes, labels)
-    together, items = criterion.match_together(boxes, labels)
+    together, items = nb.match_priors(boxes, labels, criterion.corners, criterion.match_iou)
     assert torch.equal(classes, together) and (classes < 0).any() and (classes > 0).any()
     assert torch.equal(item[classes > 0], items[classes > 0])
     assert torch.equal(labels.gather(1, item)[classes > 0], classes[classes > 0])
@@ -133,7 +141,7 @@ def test_mined_are_the_hardest_three_for_one(nb):
 
 
 def test_gradient_is_the_derivative_of_the_paper(nb):
-    """Cross-entropy: softmax minus one-hot; smooth L1: the difference cut to -1..1; both over N, zero elsewhere."""
+    """Softmax minus one-hot, and the difference cut to -1..1; both over N, zero elsewhere."""
     priors, locs, scores, boxes, labels = example(3)
     locs.requires_grad_(True)
     scores.requires_grad_(True)
@@ -161,7 +169,10 @@ def test_finite_without_objects(nb, width):
     priors, locs, scores, _, _ = example(1)
     locs.requires_grad_(True)
     scores.requires_grad_(True)
-    boxes, labels = torch.zeros(3, max(width, 1), 4), torch.zeros(3, max(width, 1), dtype=torch.int64)
+    boxes, labels = (
+        torch.zeros(3, max(width, 1), 4),
+        torch.zeros(3, max(width, 1), dtype=torch.int64),
+    )
     loss = nb.MultiBoxLoss(priors)(locs, scores, boxes, labels)
     total = loss["localization"] + loss["confidence"]
     total.backward()
@@ -174,7 +185,9 @@ def test_an_empty_image_beside_a_full_one(nb):
     loss = nb.MultiBoxLoss(priors)(locs, scores, boxes, labels)
     alone = nb.MultiBoxLoss(priors)(locs[:1], scores[:1], boxes[:1], labels[:1])
     for key in loss:
-        assert torch.isfinite(loss[key]) and loss[key].item() == pytest.approx(alone[key].item(), rel=1e-5)
+        assert torch.isfinite(loss[key]) and loss[key].item() == pytest.approx(
+            alone[key].item(), rel=1e-5
+        )
 
 
 def test_padding_does_not_matter(nb):
@@ -191,12 +204,15 @@ def test_extreme_scores_stay_finite(nb):
 
 
 def test_parts_of_a_batch_add_up(nb):
-    """Accumulation over micro-batches with the whole batch's number of positives equals the whole batch."""
+    """Micro-batches with the whole batch's number of positives equal the whole batch."""
     priors, locs, scores, boxes, labels = example(7)
     criterion = nb.MultiBoxLoss(priors)
     whole = criterion(locs, scores, boxes, labels)
     positives = (criterion.match(boxes, labels)[0] > 0).sum()
-    parts = [criterion(*(x[i : i + 1] for x in (locs, scores, boxes, labels)), positives) for i in range(3)]
+    parts = [
+        criterion(*(x[i : i + 1] for x in (locs, scores, boxes, labels)), positives=positives)
+        for i in range(3)
+    ]
     for key in whole:
         assert sum(part[key].item() for part in parts) == pytest.approx(whole[key].item(), rel=1e-5)
 
@@ -204,7 +220,9 @@ def test_parts_of_a_batch_add_up(nb):
 def test_every_object_keeps_its_best_prior(nb):
     """Objects that overlap no prior by 0.5 are learnt by the best one all the same."""
     priors = nb.create_prior_boxes()
-    boxes = torch.tensor([[[0.1, 0.1, 0.9, 0.12], [0.5, 0.5, 0.505, 0.505], [0.3, 0.6, 0.32, 0.99]]])
+    boxes = torch.tensor(
+        [[[0.1, 0.1, 0.9, 0.12], [0.5, 0.5, 0.505, 0.505], [0.3, 0.6, 0.32, 0.99]]]
+    )
     iou = ops.box_iou(boxes[0], ops.box_convert(priors, "cxcywh", "xyxy"))
     assert (iou.amax(1) < 0.5).all()
     classes, _ = nb.MultiBoxLoss(priors).match(boxes, torch.tensor([[1, 2, 3]]))
@@ -230,6 +248,89 @@ def test_an_ignored_object_is_neither_found_nor_background(nb):
         on_it = ops.box_iou(boxes[b, 1:2], corners)[0] > 0.5
         assert not (chosen[b] & on_it & (classes[b] <= 0)).any()
     assert all(torch.isfinite(value) for value in criterion(locs, scores, boxes, ignored).values())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_two_objects_never_share_a_prior(nb, seed):
+    """Small cells less than a cell of the finest map apart: each keeps a prior of its own."""
+    g = torch.Generator().manual_seed(seed)
+    low = (
+        0.3 + 0.4 * torch.rand(1, 8, 1, 2, generator=g) + torch.tensor([[0.0, 0.0], [0.004, 0.002]])
+    )
+    low = low.reshape(1, 16, 2)
+    boxes, labels = torch.cat([low, low + 0.02], -1), torch.arange(1, 17)[None]
+    criterion = nb.MultiBoxLoss(nb.create_prior_boxes())
+    best = nb.box_iou(boxes[0], criterion.corners).argmax(1)
+    assert len(best.unique()) < 16  # the best priors alone would not do
+    classes, item = criterion.match(boxes, labels)
+    assert classes[classes > 0].unique().tolist() == list(range(1, 17))
+    assert torch.equal(classes[classes > 0], item[classes > 0] + 1)
+
+
+def test_more_objects_than_priors_end(nb):
+    boxes = torch.tensor([[[0.1, 0.1, 0.5, 0.5]] * 5])
+    classes, _ = nb.match_priors(boxes, torch.ones(1, 5).long(), nb.quarters[:2], 0.5)
+    assert classes.tolist() == [[1, 1]]
+
+
+def test_likely_cells_are_mined_only_where_labels_are_complete(nb):
+    """Background that looks like a cell is a negative only where every cell is labelled."""
+    priors, _, scores, boxes, labels = example(4)
+    criterion = nb.MultiBoxLoss(priors, unlabelled_score=0.5)
+    classes = criterion.match(boxes, labels)[0]
+    cell = 1 - scores.softmax(-1)[..., 0]
+    everywhere = criterion.mine(scores, classes)
+    assert torch.equal(everywhere, criterion.mine(scores, classes, torch.ones(3, dtype=torch.bool)))
+    assert (cell[everywhere] > 0.5).all()  # at random scores the hardest are all likely cells
+    chosen = criterion.mine(scores, classes, torch.tensor([True, False, False]))
+    assert torch.equal(chosen[0], everywhere[0])
+    assert (cell[1:][chosen[1:]] < 0.5).all()
+    for b in (1, 2):
+        free = (classes[b] == 0) & (cell[b] < 0.5)
+        count = min(3 * int((classes[b] > 0).sum()), int(free.sum()))
+        assert int(chosen[b].sum()) == count
+        assert cell[b][chosen[b]].min() >= cell[b][free].sort(descending=True).values[count - 1]
+
+
+def test_complete_labels_do_not_change_the_loss_of_the_paper(nb):
+    """With every image complete the loss is the paper's, whatever the limit of likely cells."""
+    priors, locs, scores, boxes, labels = example(6)
+    plain = nb.MultiBoxLoss(priors, unlabelled_score=1.0)(locs, scores, boxes, labels)
+    complete = torch.ones(3, dtype=torch.bool)
+    known = nb.MultiBoxLoss(priors, unlabelled_score=0.5)(locs, scores, boxes, labels, complete)
+    assert all(torch.equal(plain[key], known[key]) for key in plain)
+    none = nb.MultiBoxLoss(priors, unlabelled_score=1.0)(locs, scores, boxes, labels, ~complete)
+    assert all(torch.equal(plain[key], none[key]) for key in plain)
+
+
+def test_skipped_cells_are_targets_of_their_own_or_left_out(nb):
+    """Labels above C are classes where the model has outputs for them; else they count like -1."""
+    priors, locs, scores, boxes, labels = example(7)
+    skipped = torch.where(labels > 0, labels + 3 * (torch.arange(8) % 2), labels)
+    wide = torch.cat([scores, torch.randn(*scores.shape[:2], 3)], -1)
+    classes, _ = nb.MultiBoxLoss(priors).match(boxes, skipped)
+    assert (classes > 3).any()
+    loss = nb.MultiBoxLoss(priors)(locs, wide, boxes, skipped)
+    expected = slow_loss(priors, locs, wide, boxes, skipped)
+    assert loss["confidence"].item() == pytest.approx(expected[1], rel=1e-4)
+    narrow = nb.MultiBoxLoss(priors)(locs, scores, boxes, skipped)
+    ignored = nb.MultiBoxLoss(priors)(locs, scores, boxes, torch.where(skipped > 3, -1, skipped))
+    assert all(torch.equal(narrow[key], ignored[key]) for key in narrow)
+    known, dropped = (nb.MultiBoxLoss(priors).match(boxes, skipped, n)[0] for n in (7, 4))
+    assert torch.equal(known, classes) and dropped.max() <= 3  # counts what the loss counts
+
+
+def test_the_hardest_negatives_are_what_nobody_boxed(nb):
+    """At most twelve, the hardest first, none on a label, none on another."""
+    priors, boxes = nb.create_prior_boxes(), torch.tensor([[0.1, 0.1, 0.3, 0.3]])
+    scores = torch.randn(8732, 4, generator=torch.Generator().manual_seed(0))
+    mined = torch.rand(8732, generator=torch.Generator().manual_seed(1)) < 0.05
+    found, chances = nb.hardest_negatives(mined, priors, scores, boxes)
+    assert len(chances) == 12 and torch.equal(chances, chances.sort(descending=True).values)
+    assert (ops.box_iou(found, boxes) < 0.1).all()
+    assert (ops.box_iou(found, found).fill_diagonal_(0) < 0.11).all()
+    free = ops.box_iou(ops.box_convert(priors, "cxcywh", "xyxy"), boxes)[:, 0] < 0.1
+    assert chances[0] == (1 - scores.softmax(-1)[:, 0])[mined & free].max()
 
 
 def test_the_real_number_of_priors_is_quick(nb):

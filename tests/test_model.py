@@ -1,4 +1,4 @@
-"""SSD300 equals torchvision's ssd300_vgg16 with the same weights; the start of training; VGG-16's features."""
+"""SSD300 equals torchvision's ssd300_vgg16; the start of training; VGG-16's features."""
 
 import math
 
@@ -9,15 +9,20 @@ from torchvision.models.detection import ssd300_vgg16
 
 @pytest.fixture(scope="module")
 def pair(nb):
-    """(ours, torchvision's) with the same random weights; the parts stand in the same order in both."""
+    """(ours, torchvision's) with the same random weights; their parts stand in the same order."""
     torch.manual_seed(0)
     reference = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=5).eval()
     with torch.no_grad():
         reference.backbone.scale_weight.uniform_(10, 20)
     model = nb.SSD300(5).eval()
     theirs = [*reference.backbone.state_dict().items()]
-    theirs += [(f"loc.{key}", value) for key, value in reference.head.regression_head.state_dict().items()]
-    theirs += [(f"conf.{key}", value) for key, value in reference.head.classification_head.state_dict().items()]
+    theirs += [
+        (f"loc.{key}", value) for key, value in reference.head.regression_head.state_dict().items()
+    ]
+    theirs += [
+        (f"conf.{key}", value)
+        for key, value in reference.head.classification_head.state_dict().items()
+    ]
     own = model.state_dict()
     ours = [key for key, _ in model.named_parameters()]
     ours.sort(key=lambda key: key.startswith("loc.") + 2 * key.startswith("conf."))
@@ -75,9 +80,9 @@ def test_any_number_of_classes(nb, classes):
 
 
 def test_first_loss_is_that_of_an_undecided_network(nb, vgg_weights, drawn_bccd):
-    """With ImageNet features of either size the confidence term starts near its undecided value, not at 28."""
+    """With ImageNet features the confidence term starts near its undecided value."""
     split = nb.SmearSplit(nb.dataset_root(drawn_bccd), "train")
-    images, boxes, labels = nb.SmearDataset(split, 300).batch(range(4))
+    images, boxes, labels, _ = nb.SmearDataset(split, 300).batch(range(4))
     pixels = nb.normalize(images)
     weights = nb.vgg16_features(str(vgg_weights))
     model = nb.build_model(4, weights, pixels, seed=0)
@@ -87,6 +92,19 @@ def test_first_loss_is_that_of_an_undecided_network(nb, vgg_weights, drawn_bccd)
     undecided = 4 * math.log(4)  # one positive and three negatives, each at ln 4
     assert 0.5 * undecided < loss["confidence"].item() < 1.6 * undecided
     assert loss["localization"].item() < 12
+
+
+def test_the_start_is_as_cautious_with_outputs_for_skipped_cells(nb):
+    """The background starts at a probability of 0.7, however many outputs there are."""
+    for outputs in (4, 7):
+        model = nb.build_model(outputs, None, torch.randn(1, 3, 300, 300) * 50, seed=0)
+        for head in model.conf:
+            chances = head.bias.view(-1, outputs).softmax(-1)
+            assert torch.allclose(chances[:, 0], torch.tensor(0.7))
+            assert torch.allclose(chances[:, 1:], torch.tensor(0.3 / (outputs - 1)))
+    assert (
+        nb.number_of_outputs(["a", "b"], False) == 3 and nb.number_of_outputs(["a", "b"], True) == 5
+    )
 
 
 def test_vgg_weights_arrive_unchanged_and_frozen(nb, vgg_weights):
@@ -119,14 +137,14 @@ def test_same_seed_same_start(nb):
 
 
 def test_wrong_weight_files_are_refused(nb, tmp_path):
-    with pytest.raises(nb.WeightsError, match="absent.pth"):
+    with pytest.raises(nb.StudyError, match="absent.pth"):
         nb.vgg16_features(str(tmp_path / "absent.pth"))
     (tmp_path / "text.pth").write_text("no weights")
-    with pytest.raises(nb.WeightsError, match="text.pth"):
+    with pytest.raises(nb.StudyError, match="text.pth"):
         nb.vgg16_features(str(tmp_path / "text.pth"))
     torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "part.pth")
-    with pytest.raises(nb.WeightsError, match="part.pth"):
+    with pytest.raises(nb.StudyError, match="part.pth"):
         nb.vgg16_features(str(tmp_path / "part.pth"))
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(nb.WeightsError, match="list.pth"):
+    with pytest.raises(nb.StudyError, match="list.pth"):
         nb.vgg16_features(str(tmp_path / "list.pth"))

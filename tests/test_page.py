@@ -1,5 +1,6 @@
 """The committed page: executed whole and in order, small, and free of what belongs to one machine or one image."""
 
+import ast
 import json
 import re
 import subprocess
@@ -60,14 +61,23 @@ def test_the_checking_snippet_of_the_user():
 
 def test_runner_accepts_it():
     done = subprocess.run(
-        [sys.executable, "execute_ssd_notebook.py", "--check"], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "execute_ssd_notebook.py", "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_small_enough_for_github(code):
     assert NOTEBOOK.stat().st_size <= 2_000_000
-    pictures = [o for cell in code for o in cell.outputs if {"image/png", "image/jpeg"} & set(o.get("data", {}))]
+    pictures = [
+        o
+        for cell in code
+        for o in cell.outputs
+        if {"image/png", "image/jpeg"} & set(o.get("data", {}))
+    ]
     assert len(pictures) >= 10
 
 
@@ -75,7 +85,11 @@ def test_nothing_that_github_cannot_render(code):
     for cell in code:
         for output in cell.outputs:
             kinds = set(output.get("data", {}))
-            assert not kinds & {"application/vnd.jupyter.widget-view+json", "application/javascript", "image/svg+xml"}
+            assert not kinds & {
+                "application/vnd.jupyter.widget-view+json",
+                "application/javascript",
+                "image/svg+xml",
+            }
             assert "<script" not in output.get("data", {}).get("text/html", "")
 
 
@@ -101,8 +115,60 @@ def test_no_warnings_and_no_wall_of_log(code):
 
 def test_cells_fit_a_screen(code):
     long = {cell.source.splitlines()[0]: cell.source.count("\n") + 1 for cell in code}
-    long = {name: lines for name, lines in long.items() if lines > 90}
+    long = {name: lines for name, lines in long.items() if lines > 60}
     assert not long
+
+
+def test_functions_are_short(code):
+    """No function over 45 lines, those inside of others counted with them."""
+    long = {}
+    for cell in code:
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 45:
+                long[node.name] = node.end_lineno - node.lineno + 1
+    assert not long
+
+
+def test_lines_fit_github_s_width(page):
+    """Source within 100 columns (tables and links cannot be broken), printed text within 110."""
+    for cell in page.cells:
+        lines = [
+            line
+            for line in cell.source.splitlines()
+            if not line.startswith("|") and "](" not in line
+        ]
+        assert not [line for line in lines if len(line) > 100]
+        if cell.cell_type == "code":
+            texts = [output.get("text", "") for output in cell.outputs]
+            plain = [
+                output.data
+                for output in cell.outputs
+                if list(output.get("data", {})) == ["text/plain"]
+            ]
+            texts += [data["text/plain"] for data in plain]
+            assert not [line for text in texts for line in text.splitlines() if len(line) > 110]
+
+
+def test_first_screen(page):
+    """Title, how to run, a result and a picture: at most one short code cell before them."""
+    first, cell, *_ = page.cells
+    assert first.cell_type == "markdown" and "execute_ssd_notebook.py" in first.source
+    assert cell.cell_type == "code" and cell.source.count("\n") < 8
+    kinds = [kind for output in cell.outputs for kind in output.get("data", {})]
+    assert "text/markdown" in kinds and {"image/jpeg", "image/png"} & set(kinds)
+    assert any(
+        "mAP@0.5" in output.get("data", {}).get("text/markdown", "") for output in cell.outputs
+    )
+
+
+def test_pictures_that_are_shown_off_share_no_field_with_training(code):
+    """Pictures of test images are chosen among those that the audit did not find in training."""
+    metrics = json.loads((ROOT / "checkpoints" / "metrics.json").read_text(encoding="utf-8"))
+    leaking = metrics["environment"]["test_images_that_share_a_field_with_training"]
+    choosers = [cell.source for cell in code if "test_set.ids[index]" in cell.source]
+    assert leaking and len(choosers) >= 3
+    for source in choosers:
+        assert "ranking" in source or "shop_window" in source
 
 
 def test_tags(code):
@@ -114,13 +180,13 @@ def test_tags(code):
 
 def test_definitions_have_docstrings(code):
     """Every public function and class of the `define` cells says what it does."""
-    import ast
-
     bare = []
     for cell in code:
         if "define" in cell.metadata.get("tags", ()):
             for node in ast.parse(cell.source).body:
-                if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith(
+                    "_"
+                ):
                     if not ast.get_docstring(node):
                         bare.append(node.name)
     assert not bare
@@ -137,20 +203,25 @@ def test_sections_stand_in_order_and_anchors_exist(page):
     headings = re.findall(r"^#{1,6} +(.+)$", text, re.MULTILINE)
     numbers = [int(n) for n in re.findall(r"^## +(\d+)\. ", text, re.MULTILINE)]
     assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) >= 15
-    anchors = {github_slug(heading) for heading in headings} | {h.strip().replace(" ", "-") for h in headings}
+    anchors = {github_slug(heading) for heading in headings} | {
+        h.strip().replace(" ", "-") for h in headings
+    }
     anchors |= set(re.findall(r"(?:id|name)=\"([^\"]+)\"", text))
     for target in re.findall(r"\]\(#([^)]+)\)", text):
         assert target in anchors, target
 
 
 def test_definitions_load_within_ten_seconds():
-    """A process of its own, torch's import included; processor time, so that a busy machine does not matter."""
+    """A process of its own, with torch's import; processor time: a busy machine does not matter."""
     program = (
-        "import sys, time; sys.path.insert(0, 'tests'); from conftest import load_definitions; load_definitions();"
+        "import sys, time; sys.path.insert(0, 'tests')\n"
+        "from conftest import load_definitions; load_definitions()\n"
         "print(time.process_time())"
     )
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=ROOT, check=True, timeout=120, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, check=True, timeout=120, capture_output=True, text=True
+    )
     assert float(done.stdout.split()[-1]) < 10
 
 

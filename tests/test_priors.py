@@ -1,4 +1,4 @@
-"""The 8732 prior boxes: torchvision's generator, the paper's numbers, and what share of true boxes they reach."""
+"""The 8732 prior boxes: torchvision's generator, the paper's numbers, the true boxes they reach."""
 
 import math
 
@@ -33,20 +33,28 @@ def test_ours_equal_torchvision_but_for_the_base_ratio(nb):
     assert torch.allclose(square, generated(nb.PRIOR_SCALES, nb.PRIOR_RATIOS), atol=1e-5)
     stretched = nb.create_prior_boxes(base_ratio=0.64)
     assert torch.allclose(stretched, square * torch.tensor([1, 1, 0.8, 1.25]), atol=1e-5)
-    assert torch.equal(nb.create_prior_boxes(), nb.create_prior_boxes(base_ratio=nb.PRIOR_BASE_RATIO))
+    assert torch.equal(
+        nb.create_prior_boxes(), nb.create_prior_boxes(base_ratio=nb.PRIOR_BASE_RATIO)
+    )
 
 
 def test_numbers_of_the_paper(nb):
     assert list(nb.FEATURE_MAPS) == MAPS
     priors = nb.create_prior_boxes(scales=VOC_SCALES, ratios=RATIOS, base_ratio=1.0)
-    assert sum(n * n * k for n, k in zip(MAPS, (4, 6, 6, 6, 4, 4), strict=True)) == len(priors) == 8732
+    assert (
+        sum(n * n * k for n, k in zip(MAPS, (4, 6, 6, 6, 4, 4), strict=True)) == len(priors) == 8732
+    )
     # first cell of conv4_3: 30 px, sqrt(30 * 60) px, and 30 px at 2:1 and 1:2
     w = 0.1 * math.sqrt(2)
     sides = torch.tensor([[0.1, 0.1], [math.sqrt(0.02)] * 2, [w, w / 2], [w / 2, w]])
-    assert torch.allclose(priors[:4], torch.cat([torch.full((4, 2), 0.5 / 38), sides], 1), atol=1e-6)
+    assert torch.allclose(
+        priors[:4], torch.cat([torch.full((4, 2), 0.5 / 38), sides], 1), atol=1e-6
+    )
     assert torch.allclose(priors[-4:, :2], torch.full((4, 2), 0.5))
     areas = (priors[:, 2] * priors[:, 3]).sqrt()
-    assert areas.min().item() == pytest.approx(0.1) and areas.max().item() == pytest.approx(math.sqrt(0.9 * 1.075))
+    assert areas.min().item() == pytest.approx(0.1) and areas.max().item() == pytest.approx(
+        math.sqrt(0.9 * 1.075)
+    )
 
 
 def test_centres_lie_inside_and_rows_run_first_along_x(nb):
@@ -65,25 +73,32 @@ def test_clipping_cuts_at_the_border_only(nb):
 
 
 def test_priors_reach_the_real_cells(nb, bccd_root):
-    """Nearly every training box has a prior of IoU 0.5, of each class; the paper's priors are no better."""
+    """Nearly every training box of each class has a prior of IoU 0.5; the paper's are no better."""
     import xml.etree.ElementTree as ElementTree
 
     boxes = {name: [] for name in ("RBC", "WBC", "Platelets")}
     for name in (bccd_root / "BCCD/ImageSets/Main/train.txt").read_text().split():
         tree = ElementTree.parse(bccd_root / "BCCD" / "Annotations" / f"{name}.xml")
         for item in tree.iter("object"):
-            box = [float(item.find("bndbox").findtext(key)) for key in ("xmin", "ymin", "xmax", "ymax")]
+            box = [
+                float(item.find("bndbox").findtext(key)) for key in ("xmin", "ymin", "xmax", "ymax")
+            ]
             if box[2] > box[0] and box[3] > box[1]:
                 boxes[item.findtext("name")].append(box)
     scale = torch.tensor([640, 480, 640, 480])
 
     def coverage(priors, name):
-        iou = ops.box_iou(torch.tensor(boxes[name]) / scale, ops.box_convert(priors, "cxcywh", "xyxy"))
+        iou = ops.box_iou(
+            torch.tensor(boxes[name]) / scale, ops.box_convert(priors, "cxcywh", "xyxy")
+        )
         return (iou.amax(1) >= 0.5).float().mean().item()
 
     ours = {name: coverage(nb.create_prior_boxes(), name) for name in boxes}
     paper = {
-        name: coverage(nb.create_prior_boxes(scales=VOC_SCALES, ratios=RATIOS, base_ratio=1.0), name) for name in boxes
+        name: coverage(
+            nb.create_prior_boxes(scales=VOC_SCALES, ratios=RATIOS, base_ratio=1.0), name
+        )
+        for name in boxes
     }
     assert min(ours.values()) > 0.97, ours
     assert all(ours[name] >= paper[name] - 0.005 for name in boxes), (ours, paper)

@@ -18,7 +18,11 @@ def few_smears(bccd_root, tmp_path_factory):
     for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (root / "BCCD" / folder).mkdir(parents=True)
     for split, number in (("train", 16), ("val", 6), ("test", 6)):
-        names = (bccd_root / "BCCD" / "ImageSets" / "Main" / f"{split}.txt").read_text().split()[:number]
+        names = (
+            (bccd_root / "BCCD" / "ImageSets" / "Main" / f"{split}.txt")
+            .read_text()
+            .split()[:number]
+        )
         (root / "BCCD" / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(names) + "\n")
         for name in names:
             for part in (f"Annotations/{name}.xml", f"JPEGImages/{name}.jpg"):
@@ -32,15 +36,27 @@ def test_a_fresh_run_on_a_few_smears(few_smears, vgg_weights, tmp_path):
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "ssd_runner", tmp_path / "ssd_runner")
     before = (tmp_path / NOTEBOOK.name).read_bytes()
-    settings = ("NUM_EPOCHS=2", "TRAINING=fresh", "BOOTSTRAP_SAMPLES=20", "SAVE_EVERY=1")
-    command = [sys.executable, "execute_ssd_notebook.py", "--dataset", str(few_smears), "--weights", str(vgg_weights)]
+    settings = ("NUM_EPOCHS=2", "PASSES_PER_EPOCH=1", "TRAINING=fresh", "BOOTSTRAP_SAMPLES=20")
+    settings += ("SAVE_EVERY=1",)
+    command = [
+        sys.executable,
+        "execute_ssd_notebook.py",
+        "--dataset",
+        str(few_smears),
+        "--weights",
+        str(vgg_weights),
+    ]
     for setting in settings:
         command += ["-p", setting]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("BCCD_", "VGG16_", "SSD_"))}
+    environment = {
+        k: v for k, v in os.environ.items() if not k.startswith(("BCCD_", "VGG16_", "SSD_"))
+    }
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
 
-    assert (tmp_path / NOTEBOOK.name).read_bytes() == before  # a run with overrides never touches the page
+    assert (
+        tmp_path / NOTEBOOK.name
+    ).read_bytes() == before  # a run with overrides never touches the page
     assert not (tmp_path / "checkpoints").exists()
     (metrics_file,) = (tmp_path / "runs").rglob("metrics.json")
     metrics = json.loads(metrics_file.read_text(encoding="utf-8"))

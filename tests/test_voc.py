@@ -1,4 +1,4 @@
-"""Reading Pascal VOC: good files read exactly, each kind of bad file refused with one sentence that names it."""
+"""Reading Pascal VOC: good files exactly, each kind of bad file refused in one sentence."""
 
 import time
 import xml.etree.ElementTree as ElementTree
@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import synthetic_bccd as synthetic
@@ -16,7 +17,9 @@ SIZE = "<size><width>640</width><height>480</height><depth>3</depth></size>"
 def item(name="RBC", box=(10, 20, 110, 120)):
     """One <object>; a coordinate of None is left out."""
     keys = ("xmin", "ymin", "xmax", "ymax")
-    sides = "".join(f"<{key}>{value}</{key}>" for key, value in zip(keys, box, strict=True) if value is not None)
+    sides = "".join(
+        f"<{key}>{value}</{key}>" for key, value in zip(keys, box, strict=True) if value is not None
+    )
     return f"<object><name>{name}</name><bndbox>{sides}</bndbox></object>"
 
 
@@ -33,7 +36,8 @@ def write(tmp_path):
 
 
 def test_a_good_file(nb, write):
-    text = f"<annotation>{SIZE}{item('WBC', (1, 2.5, 640, 480))}{item('Platelets', (0, 0, 30, 40))}</annotation>"
+    items = item("WBC", (1, 2.5, 640, 480)) + item("Platelets", (0, 0, 30, 40))
+    text = f"<annotation>{SIZE}{items}</annotation>"
     boxes, labels = nb.parse_voc_annotation(write(text))
     assert boxes.tolist() == [[1, 2.5, 640, 480], [0, 0, 30, 40]] and boxes.dtype == torch.float32
     assert labels.tolist() == [2, 3] and labels.dtype == torch.int64
@@ -46,7 +50,9 @@ def test_no_objects(nb, write):
 
 
 def test_a_zero_area_box_is_read_for_the_audit_to_name(nb, write):
-    boxes, _ = nb.parse_voc_annotation(write(f"<annotation>{SIZE}{item(box=(504, 337, 504, 337))}</annotation>"))
+    boxes, _ = nb.parse_voc_annotation(
+        write(f"<annotation>{SIZE}{item(box=(504, 337, 504, 337))}</annotation>")
+    )
     assert boxes.tolist() == [[504, 337, 504, 337]]
 
 
@@ -91,8 +97,11 @@ def test_a_missing_annotation(nb, tmp_path):
 
 def test_an_entity_bomb_is_refused_at_once(nb, write):
     names = "abcdefghij"
-    entities = "".join(f'<!ENTITY {b} "{f"&{a};" * 10}">' for a, b in zip(names, names[1:], strict=False))
-    bomb = f'<?xml version="1.0"?><!DOCTYPE x [<!ENTITY a "boom">{entities}]><annotation>{SIZE}&j;</annotation>'
+    entities = "".join(
+        f'<!ENTITY {b} "{f"&{a};" * 10}">' for a, b in zip(names, names[1:], strict=False)
+    )
+    head = f'<?xml version="1.0"?><!DOCTYPE x [<!ENTITY a "boom">{entities}]>'
+    bomb = f"{head}<annotation>{SIZE}&j;</annotation>"
     start = time.perf_counter()
     with pytest.raises(nb.AnnotationError):
         nb.parse_voc_annotation(write(bomb))
@@ -124,7 +133,9 @@ def test_other_class_names(nb, write):
 @pytest.fixture
 def small(tmp_path):
     """A drawn dataset of 3, 1 and 1 smears that a test may break; the folder with Annotations."""
-    return synthetic.draw_dataset(tmp_path / "BCCD_Dataset", train=3, val=1, test=1, seed=2) / "BCCD"
+    return (
+        synthetic.draw_dataset(tmp_path / "BCCD_Dataset", train=3, val=1, test=1, seed=2) / "BCCD"
+    )
 
 
 def test_the_drawn_dataset_reads_exactly(nb, small):
@@ -148,7 +159,9 @@ def test_images_beyond_the_memory_budget_are_read_again(nb, small):
 
 def test_a_zero_area_box_is_dropped_and_named(nb, small):
     path = small / "Annotations" / "Smear_00001.xml"
-    path.write_text(path.read_text().replace("</annotation>", item(box=(50, 60, 50, 60)) + "</annotation>"))
+    path.write_text(
+        path.read_text().replace("</annotation>", item(box=(50, 60, 50, 60)) + "</annotation>")
+    )
     before = len(ElementTree.parse(path).findall("object"))
     dataset = nb.SmearSplit(small, "train")
     assert len(dataset[1][1]) == len(dataset[1][2]) == before - 1
@@ -214,3 +227,140 @@ def test_real_dataset_reads_whole(nb, bccd_root):
     assert sizes == {"train": 205, "val": 87, "test": 72}
     assert len(dropped) == 2
     assert counts.tolist() == [0, 4155 - 2, 372, 361]
+
+
+# --- defects that a review found
+
+
+def test_a_byte_order_mark_in_a_split_file(nb, small):
+    path = small / "ImageSets" / "Main" / "train.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert nb.SmearSplit(small, "train").ids[0] == "Smear_00000"
+
+
+def test_a_size_that_is_not_the_image_is_refused(nb, small):
+    """Also where the picture is turned by its EXIF tag: its boxes would lie elsewhere."""
+    path = small / "JPEGImages" / "Smear_00001.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(path) as picture:
+        picture.save(path, exif=exif)
+    with pytest.raises(
+        nb.AnnotationError, match="Smear_00001.xml: states a size of 640x480.*480x640"
+    ):
+        nb.SmearSplit(small, "train")
+    xml = small / "Annotations" / "Smear_00001.xml"
+    xml.write_text("<annotation><size><width>480</width><height>640</height></size></annotation>")
+    assert nb.SmearSplit(small, "train").sizes == [(640, 480), (480, 640), (640, 480)]
+
+
+def test_all_splits_share_one_memory(nb, small, monkeypatch):
+    monkeypatch.setattr(nb, "image_memory", nb.ImageMemory(2))  # two smears of 0.88 MB
+    splits = [nb.SmearSplit(small, split) for split in ("train", "val", "test")]
+    for split in splits:
+        for index in range(len(split)):
+            assert split[index][0].shape == (480, 640, 3)
+    kept = [split.image(i) is split.image(i) for split in splits for i in range(len(split))]
+    assert kept == [True, True, False, False, False]
+    nb.SmearSplit(small, "train")  # read anew: its pictures may have changed
+    assert not nb.image_memory.images and nb.image_memory.left == 2 * 2**20
+
+
+def test_the_fingerprint_hears_data_and_not_line_ends(nb, small):
+    def fingerprint(split="train", **options):
+        return b"".join(nb.SmearSplit(small, split, **options).fingerprint())
+
+    first, path = fingerprint(), small / "Annotations" / "Smear_00001.xml"
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"\n", b"\r\n"))
+    assert fingerprint() == first  # git on Windows
+    path.write_bytes(whole.replace(b"<name>RBC", b"<name>WBC", 1))
+    assert fingerprint() != first
+    path.write_bytes(whole)
+    known = {"Smear_00001": (torch.tensor([[1.0, 2, 30, 40]]), torch.tensor([1]))}
+    assert fingerprint(complete=known) != first
+    lists = small / "ImageSets" / "Main"
+    (lists / "val.txt").write_text((lists / "train.txt").read_text())
+    assert fingerprint("val") != first  # the same files in another split
+
+
+def test_complete_labels_name_the_skipped_cells(nb, small, tmp_path):
+    official = nb.SmearSplit(small, "train")
+    red = official.boxes[1][official.labels[1] == 1][0]
+    rows = [["RBC", *(red + 1).tolist()], ["RBC", 600, 440, 639, 479], ["WBC", *red.tolist()]]
+    rows += [["Ring", 1, 1, 9, 9], ["RBC", 5, 5, 5, 9]]
+    path = tmp_path / "complete.json"
+    path.write_text(nb.json.dumps({"images": {"Smear_00001": rows, "elsewhere": rows}}))
+    known = nb.read_complete_labels(path)
+    split = nb.SmearSplit(small, "train", complete=known)
+    assert [every is not None for every in split.complete] == [
+        False,
+        True,
+        False,
+    ] and split.knows_skipped
+    boxes, labels = split.complete[1]
+    assert boxes.shape == (3, 4) and labels.tolist() == [
+        1,
+        1,
+        2,
+    ]  # no unknown class, no box without area
+    boxes, labels = split.skipped[1]
+    assert labels.tolist() == [4, 5] and boxes[0].tolist() == [
+        600,
+        440,
+        639,
+        479,
+    ]  # 5: no white cell was boxed there
+    assert torch.equal(split.boxes[1], official.boxes[1])  # the official ones stay
+    batch = nb.SmearDataset(split, 32).batch([0, 1])
+    assert batch[3].tolist() == [False, True]
+    assert sorted(batch[2][1][batch[2][1] > 3].tolist()) == [4, 5]
+    part = split.subset([1])
+    assert (
+        part.ids == ["Smear_00001"] and len(part.skipped) == 1 and part.image(0) is split.image(1)
+    )
+
+
+@pytest.mark.parametrize("path", ["", "nowhere.json"])
+def test_no_complete_labels(nb, small, path):
+    assert nb.read_complete_labels(path) == {}
+    split = nb.SmearSplit(small, "train", complete={})
+    assert split.complete == [None] * 3 and not split.knows_skipped
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"images": [1]}', '{"images": {"a": [["RBC", 1, 2]]}}', "\x00"]
+)
+def test_a_file_that_holds_no_complete_labels(nb, tmp_path, text):
+    (tmp_path / "other.json").write_text(text)
+    with pytest.raises(nb.AnnotationError, match="other.json"):
+        nb.read_complete_labels(tmp_path / "other.json")
+
+
+def test_the_complete_labels_that_are_shipped(nb, bccd_root):
+    """124 training and 57 validation images, and about 2,200 red cells that BCCD left out."""
+    known, root = nb.read_complete_labels(ROOT / nb.COMPLETE_LABELS), nb.dataset_root(bccd_root)
+    counts = {}
+    for split in ("train", "val", "test"):
+        dataset = nb.SmearSplit(root, split, complete=known)
+        labels = torch.cat([labels for _, labels in dataset.skipped])
+        counts[split] = (
+            sum(every is not None for every in dataset.complete),
+            labels.bincount(minlength=7)[4:].tolist(),
+        )
+    assert counts == {
+        "train": (124, [1517, 3, 38]),
+        "val": (57, [685, 1, 19]),
+        "test": (0, [0, 0, 0]),
+    }
+
+
+def test_constants_that_cannot_work_are_refused(nb):
+    nb.check_configuration(vars(nb))
+    for name, value in {
+        "KEEP_VISIBLE": 0,
+        "PRIOR_RATIOS": [[1.5, 2], [1.5, 2.25], [1.5, 2.25], [1.5, 2.25], [1.5], [1.5]],
+        "PRIOR_SCALES": [0.07, 0.15, 0.28, 0.45, 0.62, 0.8],
+    }.items():
+        with pytest.raises(nb.StudyError, match=name):
+            nb.check_configuration({**vars(nb), name: value})

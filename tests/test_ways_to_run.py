@@ -28,17 +28,37 @@ def test_alone_in_an_empty_folder(tmp_path):
     address = git_repository(mirror)
     folder.mkdir()
     shutil.copy(ROOT / "checkpoints" / "best_model.pth", tmp_path / "start.pth")
-    up_to_training(folder, CLASS_NAMES=repr(list(CLASSES)), FINETUNE_FROM='"../start.pth"', NUM_EPOCHS="1")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("BCCD_", "VGG16_", "SSD_"))}
+    up_to_training(
+        folder, CLASS_NAMES=repr(list(CLASSES)), FINETUNE_FROM='"../start.pth"', NUM_EPOCHS="1"
+    )
+    environment = {
+        k: v for k, v in os.environ.items() if not k.startswith(("BCCD_", "VGG16_", "SSD_"))
+    }
     environment |= {"BCCD_URL": address}
-    command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace", NOTEBOOK.name]
+    command = [
+        sys.executable,
+        "-m",
+        "nbconvert",
+        "--to",
+        "notebook",
+        "--execute",
+        "--inplace",
+        NOTEBOOK.name,
+    ]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
     assert (folder / "BCCD_Dataset" / "BCCD" / "Annotations").is_dir()
     content = torch.load(folder / "checkpoints" / "best_model.pth", weights_only=True)
-    assert content["class_names"] == list(CLASSES) and content["trained"]["weights"] == "fine-tuned from start.pth"
-    cells = [c for c in nbformat.read(folder / NOTEBOOK.name, as_version=4).cells if c.cell_type == "code"]
+    assert (
+        content["class_names"] == list(CLASSES)
+        and content["trained"]["weights"] == "fine-tuned from start.pth"
+    )
+    cells = [
+        c
+        for c in nbformat.read(folder / NOTEBOOK.name, as_version=4).cells
+        if c.cell_type == "code"
+    ]
     assert all(cell.outputs for cell in cells)
     assert str(tmp_path) not in json.dumps([cell.outputs for cell in cells])
     script = ROOT / "execute_ssd_notebook.py"
