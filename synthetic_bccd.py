@@ -30,9 +30,7 @@ RBC, WBC, PLATELET = 1, 2, 3  # labels; 0 is the background
 
 SIZE = (640, 480)  # width, height of a BCCD image
 JPEG_QUALITY = 92
-NOTE_FILE = (
-    "DRAWN_SMEARS.txt"  # marks a folder as written by this script, so that it may be replaced
-)
+NOTE_FILE = "DRAWN_SMEARS.txt"  # marks a folder as written here, so that it may be replaced
 NOTE = "These smears were drawn by synthetic_bccd.py. They are no photographs, and results on them are no results.\n"
 
 # light that passes the empty field, and the stain of each substance: -ln(colour / background)

@@ -59,9 +59,8 @@ def torchvision_twin(nb, model, **options):
         for target, (_, source) in zip(theirs, named, strict=True):
             target.copy_(source.view_as(target))
     start = 0
-    for level, cells in enumerate(
-        nb.FEATURE_MAPS
-    ):  # the priors are configuration, not code: give it ours
+    # the priors are configuration, not code: give it ours
+    for level, cells in enumerate(nb.FEATURE_MAPS):
         count = 2 + 2 * len(nb.PRIOR_RATIOS[level])
         twin.anchor_generator._wh_pairs[level] = (
             model.priors[start : start + count, 2:].clone().cpu()
@@ -317,17 +316,13 @@ def file_rows(nb, model, twin, files, repeats, device):
     for name, function, dtype, goal in ways:
         nb.detection_precision = usual if function is own else lambda device, dtype=dtype: dtype
         for count in (1, 8):
-            ours, theirs = (
-                functools.partial(function, files[:count]),
-                from_files(twin, files[:count], device),
-            )
-            times = paired(ours, theirs, repeats, device)
-            row(
-                f"file to boxes, batch {count}, {name}",
-                *times,
-                goal,
+            ours = functools.partial(function, files[:count])
+            theirs = from_files(twin, files[:count], device)
+            times, floor = (
+                paired(ours, theirs, repeats, device),
                 floor_of(nb, theirs, dtype, device),
             )
+            row(f"file to boxes, batch {count}, {name}", *times, goal, floor)
     nb.detection_precision = usual
 
 

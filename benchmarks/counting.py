@@ -37,7 +37,7 @@ def best_overlap(nb, boxes, labels, others, other_labels):
 
 def matched(nb, found, truth, classes):
     """`match_detections` of several images; truth: pairs of boxes and labels."""
-    return [nb.match_detections(f, *pair, classes) for f, pair in zip(found, truth, strict=True)]
+    return nb.match_all(found, *zip(*truth, strict=True), classes)
 
 
 def threshold_by_labels(rows, label):
@@ -189,18 +189,10 @@ def main():
     counter = nb.CellCounter(arguments.checkpoint)
     model, names = nb.load_detector(arguments.checkpoint, nb.DEVICE)
     classes = len(names)
-    val = nb.SmearSplit(
-        nb.dataset_root(arguments.dataset),
-        "val",
-        names,
-        complete=nb.read_complete_labels(arguments.labels, names),
-    )
+    complete = nb.read_complete_labels(arguments.labels, names)
+    val = nb.SmearSplit(nb.dataset_root(arguments.dataset), "val", names, complete=complete)
     images = [val.image(index) for index in range(len(val))]
-    outputs = nb.predict_all(model, images)
-    found, every = (
-        nb.read_detections(outputs, images, model.priors, classes, every_cell)
-        for every_cell in (False, True)
-    )
+    found, every = nb.detect_both(model, images, num_classes=classes)
     official = list(zip(val.boxes, val.labels, strict=True))
     precision = str(nb.detection_precision(nb.DEVICE))[6:]
     print(

@@ -22,6 +22,9 @@ import nbformat
 from nbformat import v4
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+from runner_helpers import nbconvert_in_place  # noqa: E402
+
 KINDS = (
     "print('cell', {number})",
     "[{{'row': i, 'value': i * i}} for i in range(40)]",
@@ -66,16 +69,7 @@ def main() -> None:
             for kind in order:
                 write_notebook(folder / "page.ipynb", options.cells, options.seconds)
                 if kind == "plain":
-                    command = [
-                        sys.executable,
-                        "-m",
-                        "nbconvert",
-                        "--to",
-                        "notebook",
-                        "--execute",
-                        "--inplace",
-                        "page.ipynb",
-                    ]
+                    command = nbconvert_in_place("page.ipynb")
                 else:
                     command = [sys.executable, str(ROOT / "execute_ssd_notebook.py"), "page.ipynb"]
                 times[kind] = timed(command, folder)

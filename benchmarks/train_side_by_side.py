@@ -30,10 +30,7 @@ from torchvision.models.detection import ssd300_vgg16
 from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes, Image
 
-REFERENCE_RATE, REFERENCE_BATCH = (
-    0.002,
-    32,
-)  # torchvision's references/detection/README.md, SSD300 VGG16
+REFERENCE_RATE, REFERENCE_BATCH = 0.002, 32  # torchvision's references/detection/README.md
 
 
 def reference_recipe():
@@ -57,9 +54,8 @@ def torchvision_model(nb, weights, num_classes):
     model = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=num_classes)
     convolutions = {key.removeprefix("features."): value for key, value in weights.items()}
     first = [layer for layer in model.backbone.features if isinstance(layer, torch.nn.Conv2d)]
-    last = [layer for layer in model.backbone.extra[0] if isinstance(layer, torch.nn.Conv2d)][
-        :3
-    ]  # conv5
+    layers = [m for m in model.backbone.extra[0] if isinstance(m, torch.nn.Conv2d)]
+    last = layers[:3]  # conv5
     numbers = sorted({int(key.split(".")[0]) for key in convolutions})
     with torch.no_grad():
         for number, layer in zip(numbers, [*first, *last], strict=True):
@@ -78,10 +74,7 @@ def torchvision_model(nb, weights, num_classes):
 def scores_of(nb, found, split):
     """Validation figures of detections, as the notebook computes them."""
     classes = len(split.class_names)
-    matches = [
-        nb.match_detections(f, b, c, classes)
-        for f, b, c in zip(found, split.boxes, split.labels, strict=True)
-    ]
+    matches = nb.match_all(found, split.boxes, split.labels, classes)
     map_50, map_all, by_class = nb.mean_average_precision(matches, classes)
     return {
         "map_50": round(map_50, 4),

@@ -35,6 +35,17 @@ print('defined')""",
 FOREIGN_VARIABLES = ("BCCD_", "VGG16_", "SSD_", "PIP_", "JUPYTER", "MPL", "PYTHONPATH")
 
 
+def environment_without(*prefixes):
+    """This process's environment without the variables that begin so."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(prefixes)}
+
+
+def nbconvert_in_place(path):
+    """The command by which Jupyter itself executes a notebook in place."""
+    options = ["--to", "notebook", "--execute", "--inplace"]
+    return [sys.executable, "-m", "nbconvert", *options, str(path)]
+
+
 def write_notebook(path, *cells, metadata=None):
     """Write a notebook of code cells; "## ..." makes a text cell, (tag, source) a tag."""
     made = []
@@ -78,11 +89,8 @@ class Place:
         self.checkpoints = folder / "checkpoints"
         self.put("checkpoints/best_model.pth", b"the trained weights")
         self.put("checkpoints/metrics.json", '{"map": 0.9}')
-        self.python, self.limit = (
-            sys.executable,
-            None,
-        )  # limit: called in the child before it starts
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN_VARIABLES)}
+        self.python, self.limit = sys.executable, None  # limit: called in the child at its start
+        kept = environment_without(*FOREIGN_VARIABLES)
         self.env = {**kept, "OMP_NUM_THREADS": "1", "GIT_CONFIG_NOSYSTEM": "1"}
 
     def put(self, name, data):
@@ -98,8 +106,9 @@ class Place:
     def start(self, *arguments, **kwargs):
         """Start the script on the notebook, as a process."""
 
-        def prepare():  # hear the terminal close, also where the tests run under nohup
+        def prepare():  # hear the terminal, also where the tests run under nohup or behind "&"
             signal.signal(signal.SIGHUP, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             if self.limit:
                 self.limit()
 

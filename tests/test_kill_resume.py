@@ -11,6 +11,7 @@ import nbformat
 import pytest
 import torch
 from conftest import NOTEBOOK, ROOT
+from runner_helpers import environment_without
 
 from synthetic_bccd import draw_dataset
 
@@ -67,9 +68,7 @@ def test_a_killed_kernel_ends_with_the_same_weights(tmp_path, vgg_weights):
         shutil.copytree(ROOT / "ssd_runner", folder / "ssd_runner")
         up_to_training(folder)
         command = [sys.executable, "execute_ssd_notebook.py", "--dataset", str(tmp_path / "data")]
-        environment = {
-            k: v for k, v in os.environ.items() if not k.startswith(("BCCD_", "VGG16_", "SSD_"))
-        }
+        environment = environment_without("BCCD_", "VGG16_", "SSD_")
         runner = subprocess.Popen(
             [*command, "--weights", str(vgg_weights)],
             cwd=folder,

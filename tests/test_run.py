@@ -1,7 +1,6 @@
 """A small real run, end to end: the whole notebook through the runner on a few real smears, in a folder of its own."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import sys
 import nbformat
 import pytest
 from conftest import NOTEBOOK, ROOT
+from runner_helpers import environment_without
 
 
 @pytest.fixture(scope="module")
@@ -38,19 +38,11 @@ def test_a_fresh_run_on_a_few_smears(few_smears, vgg_weights, tmp_path):
     before = (tmp_path / NOTEBOOK.name).read_bytes()
     settings = ("NUM_EPOCHS=2", "PASSES_PER_EPOCH=1", "TRAINING=fresh", "BOOTSTRAP_SAMPLES=20")
     settings += ("SAVE_EVERY=1",)
-    command = [
-        sys.executable,
-        "execute_ssd_notebook.py",
-        "--dataset",
-        str(few_smears),
-        "--weights",
-        str(vgg_weights),
-    ]
+    command = [sys.executable, "execute_ssd_notebook.py", "--dataset", str(few_smears)]
+    command += ["--weights", str(vgg_weights)]
     for setting in settings:
         command += ["-p", setting]
-    environment = {
-        k: v for k, v in os.environ.items() if not k.startswith(("BCCD_", "VGG16_", "SSD_"))
-    }
+    environment = environment_without("BCCD_", "VGG16_", "SSD_")
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
 

@@ -3,11 +3,10 @@
 import os
 import re
 import subprocess
-import sys
 
 import nbformat
 import pytest
-from runner_helpers import DATA, FETCH, PARAMETERS, Place, outputs, tree
+from runner_helpers import DATA, FETCH, PARAMETERS, Place, nbconvert_in_place, outputs, tree
 
 import synthetic_bccd
 
@@ -218,8 +217,7 @@ def test_a_line_in_place_on_a_terminal(place):
 def test_jupyters_own_run_passes_the_check(place, capsys):
     """nbconvert's command on the same notebook: accepted, with a warning about the digest."""
     place.write("print(1)", "2")
-    command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace"]
-    command.append(str(place.notebook))
+    command = nbconvert_in_place(place.notebook)
     done = subprocess.run(command, cwd=place.folder, env=place.env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     code, out, err = place.call(capsys, "--check")

@@ -4,7 +4,6 @@ The classes are others than BCCD's, and the start is the shipped detector: confi
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import nbformat
 import pytest
 import torch
 from conftest import ROOT
-from runner_helpers import git_repository
+from runner_helpers import environment_without, git_repository, nbconvert_in_place
 from test_kill_resume import NOTEBOOK, up_to_training
 
 from synthetic_bccd import draw_dataset
@@ -31,20 +30,8 @@ def test_alone_in_an_empty_folder(tmp_path):
     up_to_training(
         folder, CLASS_NAMES=repr(list(CLASSES)), FINETUNE_FROM='"../start.pth"', NUM_EPOCHS="1"
     )
-    environment = {
-        k: v for k, v in os.environ.items() if not k.startswith(("BCCD_", "VGG16_", "SSD_"))
-    }
-    environment |= {"BCCD_URL": address}
-    command = [
-        sys.executable,
-        "-m",
-        "nbconvert",
-        "--to",
-        "notebook",
-        "--execute",
-        "--inplace",
-        NOTEBOOK.name,
-    ]
+    environment = environment_without("BCCD_", "VGG16_", "SSD_") | {"BCCD_URL": address}
+    command = nbconvert_in_place(NOTEBOOK.name)
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
