@@ -318,10 +318,8 @@ def file_rows(nb, model, twin, files, repeats, device):
         for count in (1, 8):
             ours = functools.partial(function, files[:count])
             theirs = from_files(twin, files[:count], device)
-            times, floor = (
-                paired(ours, theirs, repeats, device),
-                floor_of(nb, theirs, dtype, device),
-            )
+            times = paired(ours, theirs, repeats, device)
+            floor = floor_of(nb, theirs, dtype, device)
             row(f"file to boxes, batch {count}, {name}", *times, goal, floor)
     nb.detection_precision = usual
 
