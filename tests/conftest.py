@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("MPLBACKEND", "Agg")
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # several workers share the cores
+os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "ssd_bccd_detection.ipynb"
@@ -54,7 +55,7 @@ def nb():
     """The notebook as a library: a module with what its `parameters` and `define` cells define."""
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
     return load_definitions()
 
 

@@ -13,11 +13,11 @@ from runner_helpers import environment_without
 
 @pytest.fixture(scope="module")
 def few_smears(bccd_root, tmp_path_factory):
-    """A BCCD folder with the first 16, 6 and 6 images of the real splits."""
+    """A BCCD folder with the first 8, 6 and 6 images of the real splits."""
     root = tmp_path_factory.mktemp("few") / "BCCD_Dataset"
     for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (root / "BCCD" / folder).mkdir(parents=True)
-    for split, number in (("train", 16), ("val", 6), ("test", 6)):
+    for split, number in (("train", 8), ("val", 6), ("test", 6)):
         names = (
             (bccd_root / "BCCD" / "ImageSets" / "Main" / f"{split}.txt")
             .read_text()
@@ -37,7 +37,7 @@ def test_a_fresh_run_on_a_few_smears(few_smears, vgg_weights, tmp_path):
     shutil.copytree(ROOT / "ssd_runner", tmp_path / "ssd_runner")
     before = (tmp_path / NOTEBOOK.name).read_bytes()
     settings = ("NUM_EPOCHS=2", "PASSES_PER_EPOCH=1", "TRAINING=fresh", "BOOTSTRAP_SAMPLES=20")
-    settings += ("SAVE_EVERY=1",)
+    settings += ("SAVE_EVERY=1", "BATCH_SIZE=4")
     command = [sys.executable, "execute_ssd_notebook.py", "--dataset", str(few_smears)]
     command += ["--weights", str(vgg_weights)]
     for setting in settings:

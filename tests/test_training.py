@@ -37,9 +37,8 @@ def tiny(nb, monkeypatch, drawn_bccd):
 def new_run(nb, train, epochs=2, recipe="r"):
     images = nb.normalize(nb.SmearDataset(train.split, 300).batch([0])[0])
     model = nb.build_model(4, None, images, seed=0)
-    return nb.Run(
-        model, epochs, torch.float32, torch.device("cpu"), recipe, "from scratch", "scratch"
-    )
+    nb.freeze_blocks(model, nb.FROZEN_BLOCKS)  # as with ImageNet's features
+    return nb.Run(model, epochs, torch.float32, CPU, recipe, "features", "features")
 
 
 def weights(run):
