@@ -36,7 +36,7 @@ def best_overlap(nb, boxes, labels, others, other_labels):
 
 
 def matched(nb, found, truth, classes):
-    """`match_detections` of several images; truth: pairs of boxes and labels."""
+    """`match_all` with truth as pairs of boxes and labels."""
     return nb.match_all(found, *zip(*truth, strict=True), classes)
 
 
@@ -84,16 +84,9 @@ def second_opinion(nb, official, complete):
 
 
 def counted_folder(nb, counter, images):
-    """Images through a folder, as own images go: [(cells that count, [(count, least, most)],
-    remark)].
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / f"{number:03}.png" for number in range(len(images))]
-        for path, image in zip(files, images, strict=True):
-            Image.fromarray(image).save(path)
-        counter.fields = {}
-        counter.learn(files)
-        return [counter.count(nb.read_any_image(path)[0]) for path in files]
+    """Images as a folder's own are counted: [(cells that count, [(count, least, most)], remark)]."""
+    counter.fields = {}
+    return [counter.count(image) for image in images]
 
 
 def resized(images, truth, factor):

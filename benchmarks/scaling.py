@@ -54,7 +54,8 @@ def measure(root, steps, memory_mb):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     started = time.perf_counter()
-    split = nb.SmearSplit(root, "train", memory_mb=memory_mb)
+    nb.IMAGE_MEMORY_MB = memory_mb
+    split = nb.SmearSplit(root, "train")
     figures = {"images": len(split), "parse": time.perf_counter() - started}
     data = nb.SmearDataset(split, nb.WORKING_SIZE)
     generator = torch.Generator().manual_seed(0)
@@ -85,7 +86,10 @@ def main():
     parser.add_argument("--times", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--steps", type=int, default=8, help="training steps measured, after two")
     parser.add_argument(
-        "--memory-mb", type=int, default=2000, help="IMAGE_MEMORY_MB: decoded images kept in memory"
+        "--memory-mb",
+        type=int,
+        default=2000,
+        help="IMAGE_MEMORY_MB: squeezed images kept in memory",
     )
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

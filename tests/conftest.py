@@ -1,6 +1,7 @@
 """What the tests share: the notebook's definitions as a module, drawn data, and the real data from data/."""
 
 import ast
+import copy
 import linecache
 import os
 import sys
@@ -48,6 +49,14 @@ def load_definitions(
         tree = ast.increment_lineno(ast.parse(source), offset)
         exec(compile(tree, module.__file__, "exec"), module.__dict__)
     return module
+
+
+def part_of(split, indices):
+    """A split of some of the images of another."""
+    part = copy.copy(split)
+    for name in ("ids", "files", "sizes", "boxes", "labels", "complete", "skipped"):
+        setattr(part, name, [getattr(split, name)[i] for i in indices])
+    return part
 
 
 @pytest.fixture(scope="session")

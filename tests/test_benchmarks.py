@@ -2,6 +2,7 @@
 many times larger.
 """
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -137,7 +138,7 @@ def test_smears_of_every_size_are_counted_and_compared(nb, monkeypatch, capsys):
     monkeypatch.setattr(nb, "detection_precision", lambda device: torch.float32)
     counter = object.__new__(nb.CellCounter)
     counter.find, counter.names, counter.counting = (
-        nb.finder(FindsDarkSquares(nb), 3),
+        functools.partial(nb.detect, FindsDarkSquares(nb), every_cell=True, num_classes=3),
         NAMES,
         COUNTING,
     )

@@ -46,10 +46,8 @@ def scene(seed, images=12, missed=0.2, false=3, jitter=8.0):
 
 
 def matches_of(nb, truth, found, classes=3):
-    return [
-        nb.match_detections(f, t["boxes"], t["labels"], classes)
-        for f, t in zip(found, truth, strict=True)
-    ]
+    boxes, labels = ([one[key] for one in truth] for key in ("boxes", "labels"))
+    return nb.match_all(found, boxes, labels, classes)
 
 
 @pytest.mark.parametrize("seed", range(6))

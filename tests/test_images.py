@@ -3,6 +3,7 @@ of what was found.
 """
 
 import csv
+import functools
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def detector(nb, monkeypatch):
 
 @pytest.fixture
 def find(nb, detector):
-    return nb.finder(detector, 3)
+    return functools.partial(nb.detect, detector, every_cell=True, num_classes=3)
 
 
 FIELD = [640, 480]
@@ -133,17 +134,13 @@ def test_a_picture_of_one_and_a_half_fields_is_read_in_tiles(nb):
 
 def test_an_upright_picture_is_turned_and_its_boxes_are_turned_back(nb, find):
     squares = [(20, 30, 60), (300, 500, 90)]
-    shapes, plain = [], nb.frame_of
+    shapes = []
 
-    def watch(image, tile):
-        shapes.append(image.shape[:2])
-        return plain(image, tile)
+    def watch(images, **limits):
+        shapes.extend(image.shape[:2] for image in images)
+        return find(images, **limits)
 
-    nb.frame_of = watch
-    try:
-        found = nb.detect_large(find, picture(480, 640, squares), FIELD)
-    finally:
-        nb.frame_of = plain
+    found = nb.detect_large(watch, picture(480, 640, squares), FIELD)
     assert shapes == [(480, 640)] and each_found_once(found, boxes_of(squares))
 
 
@@ -170,7 +167,7 @@ def test_a_part_a_few_pixels_from_the_border_is_not_counted_again(nb):
     assert joined["boxes"].tolist() == [[600, 100, 690, 190]]
 
     def find_four_off(frames, **limits):
-        box = torch.tensor([[0.5, 0.5, 636 / 640, 0.7]])
+        box = torch.tensor([[320.0, 240, 636, 336]])
         return [{"boxes": box, "labels": torch.ones(1), "scores": torch.ones(1)} for _ in frames]
 
     marked = []
@@ -199,7 +196,7 @@ def test_no_overlap_at_all_can_be_asked_for(nb):
 
     def find(frames, **limits):
         asked.append(limits)
-        return [{**found, "boxes": boxes / torch.tensor([640, 480, 640, 480])} for _ in frames]
+        return [dict(found) for _ in frames]
 
     tiles = nb.detect_large(find, np.zeros((480, 1040, 3), np.uint8), FIELD, max_overlap=0)
     assert all(limits == {"max_overlap": 0} for limits in asked) and len(asked) == 2

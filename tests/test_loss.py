@@ -133,7 +133,7 @@ def test_loss_equals_the_loop(nb, seed):
 def test_mined_are_the_hardest_three_for_one(nb):
     priors, locs, scores, boxes, labels = example(9)
     criterion = nb.MultiBoxLoss(priors)
-    chosen = criterion.mine(scores, criterion.match(boxes, labels)[0])
+    chosen = nb.mine_negatives(scores, criterion.match(boxes, labels)[0], 3)
     _, _, positives, mined = slow_loss(priors, locs, scores, boxes, labels)
     for b in range(len(boxes)):
         assert set(chosen[b].nonzero().flatten().tolist()) == mined[b]
@@ -242,7 +242,7 @@ def test_an_ignored_object_is_neither_found_nor_background(nb):
     removed = labels.clone()
     removed[:, 1] = 0
     assert torch.equal(classes > 0, criterion.match(boxes, removed)[0] > 0)
-    chosen = criterion.mine(scores, classes)
+    chosen = nb.mine_negatives(scores, classes, 3)
     corners = ops.box_convert(priors, "cxcywh", "xyxy")
     for b in range(len(boxes)):
         on_it = ops.box_iou(boxes[b, 1:2], corners)[0] > 0.5
@@ -273,34 +273,40 @@ def test_more_objects_than_priors_end(nb):
     assert classes.tolist() == [[1, 1]]
 
 
-def test_likely_cells_are_mined_only_where_labels_are_complete(nb):
-    """Background that looks like a cell is a negative only where every cell is labelled."""
-    priors, _, scores, boxes, labels = example(4)
-    criterion = nb.MultiBoxLoss(priors, unlabelled_score=0.5)
-    classes = criterion.match(boxes, labels)[0]
-    cell = 1 - scores.softmax(-1)[..., 0]
-    everywhere = criterion.mine(scores, classes)
-    assert torch.equal(everywhere, criterion.mine(scores, classes, torch.ones(3, dtype=torch.bool)))
-    assert (cell[everywhere] > 0.5).all()  # at random scores the hardest are all likely cells
-    chosen = criterion.mine(scores, classes, torch.tensor([True, False, False]))
-    assert torch.equal(chosen[0], everywhere[0])
-    assert (cell[1:][chosen[1:]] < 0.5).all()
-    for b in (1, 2):
-        free = (classes[b] == 0) & (cell[b] < 0.5)
-        count = min(3 * int((classes[b] > 0).sum()), int(free.sum()))
-        assert int(chosen[b].sum()) == count
-        assert cell[b][chosen[b]].min() >= cell[b][free].sort(descending=True).values[count - 1]
+def test_background_and_skipped_are_one_answer_where_labels_are_incomplete(nb):
+    """There the loss of a mined prior is -log(p(background) + p(skipped)), by a slow reference; an
+    image whose every cell is known is judged by the paper's loss.
+    """
+    priors, locs, scores, boxes, labels = example(4)
+    scores = torch.cat([scores, torch.randn(*scores.shape[:2], 3)], -1).requires_grad_()
+    complete = torch.tensor([True, False, False])
+    criterion = nb.MultiBoxLoss(priors)
+    found = criterion(locs, scores, boxes, labels, complete)["confidence"]
+    classes, expected, used = criterion.match(boxes, labels)[0], 0.0, []
+    for b in range(3):
+        p = scores[b].detach().double().softmax(-1)
+        nothing = p[:, 0] if complete[b] else p[:, 0] + p[:, 4:].sum(-1)
+        positive = (classes[b] > 0).nonzero()[:, 0].tolist()
+        free = (classes[b] == 0).nonzero()[:, 0].tolist()
+        hardest = sorted(free, key=lambda i: float(nothing[i]))[: 3 * len(positive)]
+        expected -= sum(math.log(p[i, classes[b, i]]) for i in positive)
+        expected -= sum(math.log(nothing[i]) for i in hardest)
+        used.append((positive, hardest))
+    assert found.item() == pytest.approx(expected / int((classes > 0).sum()), rel=1e-4)
+    found.backward()
+    gradient = scores.grad[1][used[1][1]]  # of the mined priors of an incomplete image
+    assert (gradient[:, 1:4] > 0).all()  # no box would be drawn: boxed cells become less likely
+    assert (gradient[:, [0, 4, 5, 6]] < 0).all()  # background and skipped ones more, by their share
+    ratio = gradient / scores.detach()[1][used[1][1]].softmax(-1)
+    assert torch.allclose(ratio[:, [4, 5, 6]], ratio[:, :1].expand(-1, 3), rtol=1e-3)
 
 
 def test_complete_labels_do_not_change_the_loss_of_the_paper(nb):
-    """With every image complete the loss is the paper's, whatever the limit of likely cells."""
     priors, locs, scores, boxes, labels = example(6)
-    plain = nb.MultiBoxLoss(priors, unlabelled_score=1.0)(locs, scores, boxes, labels)
-    complete = torch.ones(3, dtype=torch.bool)
-    known = nb.MultiBoxLoss(priors, unlabelled_score=0.5)(locs, scores, boxes, labels, complete)
+    scores = torch.cat([scores, torch.randn(*scores.shape[:2], 3)], -1)
+    plain = nb.MultiBoxLoss(priors)(locs, scores, boxes, labels)
+    known = nb.MultiBoxLoss(priors)(locs, scores, boxes, labels, torch.ones(3, dtype=torch.bool))
     assert all(torch.equal(plain[key], known[key]) for key in plain)
-    none = nb.MultiBoxLoss(priors, unlabelled_score=1.0)(locs, scores, boxes, labels, ~complete)
-    assert all(torch.equal(plain[key], none[key]) for key in plain)
 
 
 def test_skipped_cells_are_targets_of_their_own_or_left_out(nb):

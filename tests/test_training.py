@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import json
 import linecache
 import math
 import shutil
@@ -9,7 +10,7 @@ import shutil
 import nbformat
 import pytest
 import torch
-from conftest import NOTEBOOK
+from conftest import NOTEBOOK, part_of
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def tiny(nb, monkeypatch, drawn_bccd):
     if not hasattr(nb, "VERSIONS"):  # made by a cell that is no definition
         monkeypatch.setattr(nb, "VERSIONS", {}, raising=False)
     root = nb.dataset_root(drawn_bccd)
-    train = nb.SmearSplit(root, "train").subset(range(3))
+    train = part_of(nb.SmearSplit(root, "train"), range(3))
     validation = nb.SmearDataset(nb.SmearSplit(root, "val"), 300)
     return nb.SmearDataset(train, nb.WORKING_SIZE), [validation.batch([0, 1])]
 
@@ -191,7 +192,7 @@ def test_skipped_cells_are_learned_and_the_loss_is_told_which_images_are_complet
 ):
     """With complete labels: twice the outputs, in the file too; without: the loss gets no flags."""
     train, batches = tiny
-    split, other = train.split, nb.SmearSplit.subset(train.split, range(3))
+    split, other = train.split, part_of(train.split, range(3))
     extra = torch.tensor([[1.0, 1, 30, 30]]), torch.tensor([1])
     other.complete, other.skipped = [None, extra, None], list(other.skipped)
     other.skipped[1] = extra[0], extra[1] + len(nb.CLASS_NAMES)
@@ -430,15 +431,18 @@ def test_a_run_from_scratch_resumes_whatever_weights_are_there_now(nb, tiny, tmp
 def test_another_recipe_destroys_nothing(nb, tmp_path, capsys):
     """Its detector and its unfinished run stay under another name, and that run is found again."""
     place(nb, tmp_path, {**HALF, "recipe": "old"}, {"recipe": "old"})
-    nb.set_aside(tmp_path, "new")
+    with pytest.raises(nb.CheckpointError):
+        nb.plan_training("reuse", tmp_path, "new", CPU)
+    assert not list(tmp_path.glob("other_*"))  # nothing is trained
+    assert nb.plan_training("auto", tmp_path, "new", CPU) == ("train", None)
     assert (tmp_path / "best_model.pth").is_file()  # until a better one takes its place
     place(nb, tmp_path, {"recipe": "new", "epoch": 1}, {"recipe": "new"})
     assert nb.load_checkpoint(tmp_path / "other_old_best_model.pth", "detector")["recipe"] == "old"
     assert "other_old_best_model.pth" in capsys.readouterr().out
+    nb.plan_training("auto", tmp_path, "new", CPU)  # the same recipe: nothing to do
+    assert not list(tmp_path.glob("other_new*"))
     plan, content = nb.plan_training("auto", tmp_path, "old", CPU)
     assert plan == "resume" and content["epoch"] == 3
-    nb.set_aside(tmp_path, "new")  # the same recipe: nothing to do
-    assert not list(tmp_path.glob("other_new*"))
 
 
 # --- what makes two trainings the same
@@ -594,7 +598,7 @@ def test_the_cells_of_the_training_can_be_run_again(nb, drawn_bccd, tmp_path, mo
     space = vars(nb)
     before = set(space)
     nb.train_set, nb.val_set = (
-        nb.SmearSplit(root, part).subset(range(2)) for part in ("train", "val")
+        part_of(nb.SmearSplit(root, part), range(2)) for part in ("train", "val")
     )
     nb.train_data, nb.vgg_weights = nb.SmearDataset(nb.train_set, nb.WORKING_SIZE), None
     monkeypatch.setattr(nb, "weights_for_training", lambda folder: (None, "from scratch"))
@@ -621,29 +625,49 @@ def training_cells():
     return [cell for cell in cells[at[0] : at[1]] if cell.cell_type == "code"]
 
 
-def test_plain_code_ignores_comments_and_docstrings_only(nb):
-    plain = nb.plain_code(
-        'def f(a):\n    """Says this."""\n    # and that\n    return a + 1  # one\n'
-    )
-    other = nb.plain_code(
-        'def f(a):\n    """Says something\n    else."""\n\n    return (a +\n        1)\n'
+def syntax(nb, source):
+    """What counts of some code, as text."""
+    return json.dumps(ast.parse(source), default=nb.plain_syntax)
+
+
+def test_plain_syntax_ignores_comments_docstrings_and_messages_only(nb):
+    plain = syntax(nb, 'def f(a):\n    """Says this."""\n    # and that\n    return a + 1  # one\n')
+    other = syntax(
+        nb, 'def f(a):\n    """Says something\n    else."""\n\n    return (a +\n        1)\n'
     )
     assert plain == other
-    assert plain != nb.plain_code('def f(a):\n    """Says this."""\n    return a + 2\n')
-    assert nb.plain_code('x = "# no comment"\n') != nb.plain_code('x = "# no"\n')
+    assert plain != syntax(nb, 'def f(a):\n    """Says this."""\n    return a + 2\n')
+    assert syntax(nb, 'x = "# no comment"\n') != syntax(nb, 'x = "# no"\n')
+    assert syntax(nb, "x = b'one'\n") != syntax(nb, "x = b'two'\n")
+    assert syntax(nb, 'print("one")') == syntax(nb, 'print("two", 3)') != syntax(nb, "show(3)")
+    assert syntax(nb, 'raise E("one")') == syntax(nb, 'raise E("two") from None')
 
 
 def test_the_digest_does_not_depend_on_how_a_python_writes_code_back(nb):
     """Some versions unparse a lone generator with brackets of its own; other code is other code."""
-
-    def tree(source):
-        return nb.syntax_tree(ast.parse(source))
-
-    assert tree("tuple((x for x in y))") == tree("tuple(x for x in y)")
-    assert tree("tuple(x for x in y)") != tree("tuple(x for x in z)")
+    assert syntax(nb, "tuple((x for x in y))") == syntax(nb, "tuple(x for x in y)")
+    assert syntax(nb, "tuple(x for x in y)") != syntax(nb, "tuple(x for x in z)")
     later = ast.parse(
         "def f(a): return a"
     )  # as Python 3.12 parses it: with a list of type parameters
     earlier = ast.parse("def f(a): return a")
     later.body[0].type_params, earlier.body[0].type_params = [], None
-    assert nb.syntax_tree(later) == nb.syntax_tree(earlier)
+    later, earlier = (json.dumps(tree, default=nb.plain_syntax) for tree in (later, earlier))
+    assert later == earlier
+
+
+def test_a_docstring_may_come_and_a_class_counts_whole(nb, digest_of):
+    """Also what is no method: attributes and bases."""
+    first = digest_of()
+    assert 'def collate(items):\n    """' in inspect.getsource(nb.collate)
+    bare = edited(nb, "collate", lambda source: ast.unparse(without_docstring(source)) + "\n")
+    assert bare.__doc__ is None and first == digest_of(collate=bare)
+    more = edited(nb, "SmearSplit", lambda source: source + "\n    an_attribute = 1\n")
+    assert first != digest_of(SmearSplit=more)
+
+
+def without_docstring(source):
+    """The tree of a function without its docstring."""
+    tree = ast.parse(source)
+    del tree.body[0].body[0]
+    return tree
