@@ -77,11 +77,6 @@ def torchvision_twin(nb, model, **options):
     return twin
 
 
-def probabilities(scores):
-    """Logits (N, P, K) -> probabilities (N, P, K), as `predict` computes them."""
-    return scores.transpose(1, 2).softmax(1).transpose(1, 2)
-
-
 def paired(ours, theirs, repeats, device):
     """Seconds of both, in turn: two lists."""
 
@@ -250,7 +245,7 @@ def profiles(nb, model, split, batch, device):
     select = nb.select_detections
     profile(
         "decoding and NMS, batch 8",
-        lambda: select(locs, probabilities(scores), *limits, priors=model.priors),
+        lambda: select(locs, nb.class_probabilities(scores), *limits, priors=model.priors),
     )
 
 
@@ -266,7 +261,9 @@ def detection_rows(nb, model, split, repeats, device):
         outputs = {"bbox_regression": locs, "cls_logits": scores}
         anchors = [nb.cxcywh_to_xyxy(model.priors) * 300] * 8
         limits = nb.MIN_SCORE, nb.MAX_OVERLAP, nb.TOP_K
-        found = nb.select_detections(locs, probabilities(scores), *limits, priors=model.priors)
+        found = nb.select_detections(
+            locs, nb.class_probabilities(scores), *limits, priors=model.priors
+        )
         expected = twin(list(small / 255))
         for mine, other in zip(found, expected, strict=True):
             n = min(len(mine["scores"]), len(other["scores"]), 100)
@@ -280,7 +277,7 @@ def detection_rows(nb, model, split, repeats, device):
 
     @torch.no_grad()
     def ours():
-        nb.select_detections(locs, probabilities(scores), *limits, priors=model.priors)
+        nb.select_detections(locs, nb.class_probabilities(scores), *limits, priors=model.priors)
 
     @torch.no_grad()
     def theirs():

@@ -83,7 +83,7 @@ def second_opinion(nb, official, complete):
     return answer
 
 
-def counted_folder(nb, counter, images):
+def counted_folder(counter, images):
     """Images as a folder's own are counted: [(cells that count, [(count, least, most)], remark)]."""
     counter.fields = {}
     return [counter.count(image) for image in images]
@@ -136,7 +136,7 @@ def folder_rows(nb, counter, images, truth, names):
             name, (pictures, cells) = factor, turned(images, truth)
         else:
             name, (pictures, cells) = f"resized by {factor}", resized(images, truth, factor)
-        answers = counted_folder(nb, counter, pictures)
+        answers = counted_folder(counter, pictures)
         total = sum(counts[label - 1][0] for _, counts, _ in answers)
         found = [{**f, "scores": torch.ones(len(f["labels"]))} for f, _, _ in answers]
         rows = matched(nb, found, cells, len(names))
@@ -146,7 +146,7 @@ def folder_rows(nb, counter, images, truth, names):
         print(f"| {name} | {total} | {change:+.1%} | {figures['f1']:.3f} | {remarks} |", flush=True)
     few = images[:12]
     alone, wider = (
-        before_the_seam(counted_folder(nb, counter, pictures), few, label)
+        before_the_seam(counted_folder(counter, pictures), few, label)
         for pictures in (few, extended(few))
     )
     print(f"{len(few)} smears extended by half: {wider} cells away from the seam, {alone} without")

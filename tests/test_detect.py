@@ -301,8 +301,8 @@ def test_the_committed_detector_finds_what_it_found(nb, bccd_root):
 
 
 def test_the_committed_detector_fits_what_people_boxed(nb, bccd_root):
-    """Of the boxes of 15 validation images most are among the cells that are shown, boxed by
-    people or not: the stored detections are those of a detector that works.
+    """Of the boxes of the 15 images whose detections are stored most are among the cells that are
+    shown: the detector is one that works.
     """
     split = nb.SmearSplit(nb.dataset_root(bccd_root), "val")
     rows = [split.ids.index(name) for name in json.loads(golden.GOLDEN.read_text("utf-8"))]
