@@ -182,8 +182,8 @@ def test_kinds_of_errors(nb):
     ]
     found = {"boxes": torch.stack(shifted), "labels": torch.tensor([1, 1, 1, 1, 1, 1])}
     found["scores"] = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.55, 0.5])
-    kinds, missed = nb.error_kinds(found, boxes, labels, [0.5, 0.5])
-    assert [kind for kind, _ in kinds] == [
+    kinds, missed = nb.error_kinds(nb.shown_cells(found, [0.5, 0.5]), boxes, labels)
+    assert kinds.tolist() == [
         "right",
         "duplicate",
         "class",
@@ -191,14 +191,14 @@ def test_kinds_of_errors(nb):
         "background",
         "background",
     ]
-    assert missed == [1, 2, 3]
+    assert missed.tolist() == [False, True, True, True]
     both = {"boxes": boxes[1:2] + 4, "labels": torch.tensor([1]), "scores": torch.tensor([0.9])}
-    assert nb.error_kinds(both, boxes, labels, [0.5, 0.5])[0] == [("both", 0)]
-    assert nb.error_kinds(found, boxes[:0], labels[:0], [0.55, 0.5])[0] == [
-        ("background", i) for i in range(5)
-    ]
+    assert nb.error_kinds(both, boxes, labels)[0].tolist() == ["both"]
+    sure = nb.shown_cells(found, [0.55, 0.5])
+    assert nb.error_kinds(sure, boxes[:0], labels[:0])[0].tolist() == ["background"] * 5
     assert nb.image_f1(kinds, missed) == pytest.approx(2 * 1 / (2 + 5 + 3))
-    assert nb.image_f1([], []) == 1 and nb.image_f1([], [0]) == 0
+    nothing, one = np.array([], str), torch.ones(1, dtype=torch.bool)
+    assert nb.image_f1(nothing, one[:0]) == 1 and nb.image_f1(nothing, one) == 0
 
 
 @pytest.mark.parametrize("objects", [0, 3])
