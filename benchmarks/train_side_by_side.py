@@ -3,10 +3,11 @@
 
     python benchmarks/train_side_by_side.py --dataset BCCD_Dataset [--epochs 50] [--rates 0.0005]
 
-Alike on both sides: the images and split, the VGG-16 weights (--weights FILE, else downloaded),
-the batch of 8, the number of epochs, the arithmetic, the seed and how the detections are scored
-(score 0.01, NMS 0.45, 200 boxes). torchvision's side follows its reference recipe
-(references/detection, --data-augmentation ssd): photometric distortion, zoom-out, IoU crop, flip;
+Alike on both sides: the images and split, their official labels alone, the VGG-16 weights
+(--weights FILE, else data/), the batch of 8, the number of epochs of one pass each, the arithmetic,
+the seed and how the detections are scored (score 0.01, NMS 0.45, 200 boxes). torchvision's side
+follows its reference recipe (references/detection, --data-augmentation ssd): photometric
+distortion, zoom-out, IoU crop, flip;
 SGD with momentum 0.9, weight decay 5e-4, a warm-up over the first epoch, the rate cut to a tenth
 after 2/3 and 11/12 of the epochs; its rate of 0.002 for 32 images is 0.0005 for 8. Every trial is
 one rate of one side. Prints a line an epoch and appends each finished trial to
@@ -157,6 +158,7 @@ def train_ours(nb, train, val, weights, epochs, rate, dtype, device):
     first = nb.normalize(nb.SmearDataset(train).batch(every)[0])
     model = nb.build_model(len(train.class_names) + 1, weights, first, nb.SEED)
     run = nb.Run(model, epochs, dtype, device)
+    run.passes = 1  # over the images in an epoch, as on the other side
     data = nb.SmearDataset(train, nb.WORKING_SIZE)
     while run.epoch < epochs:
         started = time.perf_counter()
