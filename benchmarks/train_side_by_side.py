@@ -7,13 +7,12 @@ Alike on both sides: the images and split, their official labels alone, the VGG-
 (--weights FILE, else data/), the batch of 8, the number of epochs of one pass each, the arithmetic,
 the seed and how the detections are scored (score 0.01, NMS 0.45, 200 boxes). torchvision's side
 follows its reference recipe (references/detection, --data-augmentation ssd): photometric
-distortion, zoom-out, IoU crop, flip;
-SGD with momentum 0.9, weight decay 5e-4, a warm-up over the first epoch, the rate cut to a tenth
-after 2/3 and 11/12 of the epochs; its rate of 0.002 for 32 images is 0.0005 for 8. Every trial is
-one rate of one side. Prints a line an epoch and appends each finished trial to
-OUTPUT/trials.jsonl. The test split is not touched. --clip is no part of torchvision's recipe: it
-cuts the norm of its gradient, without which conv5 dies in the first forty steps on BCCD
-(ACCURACY.md).
+distortion, zoom-out, IoU crop, flip; SGD with momentum 0.9, weight decay 5e-4, a warm-up over the
+first epoch, the rate cut to a tenth after 2/3 and 11/12 of the epochs; its rate of 0.002 for 32
+images is 0.0005 for 8. Every trial is one rate of one side. Prints a line an epoch and appends each
+finished trial to OUTPUT/trials.jsonl. The test split is not touched. --clip is no part of
+torchvision's recipe: it cuts the norm of its gradient, without which conv5 dies in the first forty
+steps on BCCD (ACCURACY.md).
 """
 
 import argparse
