@@ -1,6 +1,7 @@
 """Where the data and the weights come from: the folder that is there, a clone, the shipped copy."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -83,6 +84,17 @@ def test_a_damaged_copy_gets_one_sentence(nb, tmp_path, spoil):
         nb.fetch_dataset(tmp_path / "BCCD_Dataset", "", tmp_path / "BCCD.zip")
     assert "\n" not in str(caught.value)
     assert os.listdir(tmp_path) == ["BCCD.zip"]
+
+
+def test_a_full_disk_is_no_damaged_copy(nb, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path))
+
+    monkeypatch.setattr(nb.shutil, "unpack_archive", full)
+    with pytest.raises(nb.DatasetError, match="cannot be unpacked here .*: make room") as caught:
+        nb.fetch_dataset(tmp_path / "BCCD_Dataset", "", SHIPPED)
+    assert "damaged" not in str(caught.value) and str(tmp_path) not in str(caught.value)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_folder_of_something_else_is_left_alone(nb, tmp_path):
