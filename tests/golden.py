@@ -10,13 +10,19 @@ import tempfile
 from pathlib import Path
 
 GOLDEN = Path(__file__).with_name("golden_detections.json")
+BEST = Path(__file__).parent.parent / "checkpoints" / "best_model.pth"
 NUMBER, LEAST = 15, 0.3
+
+
+def stored():
+    """What this script wrote: {"weights": fingerprint of the detector, "detections": by image id}."""
+    return json.loads(GOLDEN.read_text(encoding="utf-8"))
 
 
 def detections(nb, bccd_root):
     """{image id: [[label, score, x0, y0, x1, y1], ...]} with scores of LEAST or more, best first."""
     split = nb.SmearSplit(nb.dataset_root(bccd_root), "val")
-    model, _ = nb.load_detector(Path(__file__).parent.parent / "checkpoints" / "best_model.pth")
+    model, _ = nb.load_detector(BEST)
     rows = [round(i * (len(split) - 1) / (NUMBER - 1)) for i in range(NUMBER)]
     found = nb.detect(model, [split.image(row) for row in rows], min_score=LEAST)
     return {
@@ -39,6 +45,9 @@ if __name__ == "__main__":
             Path(folder) / "BCCD_Dataset", "", ROOT / "data" / "BCCD_Dataset.zip"
         )
         content = detections(nb, data)
+        weights = nb.fingerprint(nb.load_checkpoint(BEST, "detector")["model"])
     lines = ",\n".join(f'"{name}": {json.dumps(rows)}' for name, rows in content.items())
-    GOLDEN.write_text("{\n" + lines + "\n}\n", encoding="utf-8")
-    print(f"{sum(map(len, content.values()))} detections on {len(content)} images in {GOLDEN.name}")
+    text = f'{{"weights": "{weights}", "detections": {{\n{lines}\n}}}}\n'
+    GOLDEN.write_text(text, encoding="utf-8")
+    number = sum(len(rows) for rows in content.values())
+    print(f"{number} detections on {len(content)} images in {GOLDEN.name}")

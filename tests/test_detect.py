@@ -280,10 +280,10 @@ def test_the_default_boxes_of_torchvision_are_served_too(nb):
 
 def test_the_committed_detector_finds_what_it_found(nb, bccd_root):
     """15 validation images: every stored detection is there again, and no sure one is new."""
-    stored, found = (
-        json.loads(golden.GOLDEN.read_text(encoding="utf-8")),
-        golden.detections(nb, bccd_root),
-    )
+    if nb.fingerprint(nb.load_checkpoint(golden.BEST, "detector")["model"]) != golden.stored()["weights"]:
+        pytest.skip("checkpoints/ holds a detector that was trained here: nothing is stored of it")
+    stored = golden.stored()["detections"]
+    found = golden.detections(nb, bccd_root)
     assert set(stored) == set(found) and len(stored) == 15
     assert sum(map(len, stored.values())) > 100
 
@@ -305,8 +305,8 @@ def test_the_committed_detector_fits_what_people_boxed(nb, bccd_root):
     shown: the detector is one that works.
     """
     split = nb.SmearSplit(nb.dataset_root(bccd_root), "val")
-    rows = [split.ids.index(name) for name in json.loads(golden.GOLDEN.read_text("utf-8"))]
-    model, _ = nb.load_detector(ROOT / "checkpoints" / "best_model.pth")
+    rows = [split.ids.index(name) for name in golden.stored()["detections"]]
+    model, _ = nb.load_detector(golden.BEST)
     cells = nb.detect(model, [split.image(row) for row in rows], every_cell=True, min_score=0.5)
     hits = total = 0
     for row, found in zip(rows, cells, strict=True):

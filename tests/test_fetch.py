@@ -206,9 +206,7 @@ def test_weights_come_from_the_named_file_else_from_data_else_from_torchvision(
     assert nb.vgg16_features(shipped=tmp_path / "absent.pth") is None and len(no_network) == 1
 
 
-def test_no_training_from_scratch_replaces_a_good_detector(
-    nb, no_network, tmp_path, monkeypatch, capsys
-):
+def test_no_training_from_scratch_replaces_a_good_detector(nb, no_network, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # there is no data/ here
     (tmp_path / "checkpoints").mkdir()
     best = tmp_path / "checkpoints" / "best_model.pth"
@@ -216,8 +214,25 @@ def test_no_training_from_scratch_replaces_a_good_detector(
     with pytest.raises(nb.WeightsError, match="would replace"):
         nb.weights_for_training("checkpoints")
     best.write_bytes(best.read_bytes()[:200])  # a damaged one is no loss
-    assert nb.weights_for_training("checkpoints") == (None, "from scratch")
-    assert "own initialisation" in capsys.readouterr().out
+    assert nb.weights_for_training("checkpoints") == (None, "random numbers")
+
+
+def test_a_run_says_what_it_lacks_what_that_costs_and_where_to_get_it(nb, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # neither data/ nor checkpoints/ here
+    weights = {"features.0.weight": torch.zeros(1)}
+    alone = nb.what_is_missing("train", None, {})
+    signs = ["vgg16_features.pth", "best_model.pth", "complete_labels.json"]
+    assert len(alone) == 3
+    for sentence, sign in zip(alone, signs, strict=True):
+        assert sign in sentence and ":**" in sentence
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "best_model.pth").write_bytes(b"")
+    assert nb.what_is_missing("train", weights, {"an image": ()}) == []
+    assert nb.what_is_missing("reuse", None, {"an image": ()}) == []
+    (only,) = nb.what_is_missing("reuse", None, {})
+    assert "complete_labels.json" in only
+    monkeypatch.setattr(nb, "COMPLETE_LABELS", "")  # not wanted: nothing is missing
+    assert nb.what_is_missing("reuse", None, {}) == []
 
 
 def test_shipped_files_are_those_that_data_readme_names():

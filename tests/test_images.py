@@ -55,7 +55,8 @@ COUNTING = {  # as section 13 leaves it; sure detections are right
 @pytest.fixture
 def detector(nb, monkeypatch):
     """The stand-in, also for search_folder; the file named as the checkpoint is never read."""
-    model, content = FindsDarkSquares(nb), {"counting": COUNTING, "class_names": NAMES}
+    model = FindsDarkSquares(nb)
+    content = {"counting": COUNTING, "class_names": NAMES, "model": {}}
     monkeypatch.setattr(nb, "load_detector", lambda *a, **k: (model, NAMES))
     monkeypatch.setattr(nb, "load_checkpoint", lambda *a, **k: content)
     monkeypatch.setattr(nb, "detection_precision", lambda device: torch.float32)

@@ -1,13 +1,20 @@
 """README.md and README.ru.md: every result they state is the one in checkpoints/metrics.json.
 
-A number that comes from metrics.json is followed by a comment with its path there: `0.912<!--m:test.map50-->`. Dots
-separate keys, whole numbers index lists, a key that holds a dot stands in double quotes.
+A number that comes from metrics.json is followed by a comment with its path there:
+`0.912<!--m:test.map50-->`. Dots separate keys, whole numbers index lists, a key that holds a dot
+stands in double quotes.
+
+A run of the page writes metrics.json anew, on whatever processor it runs, and processors round
+differently: a score moves in its seventh digit, two detections of almost the same score change
+places, and a figure moves in its fourth. MOVES has how far; `python benchmarks/rounding.py` measures
+it. Times and speeds belong to a machine and are not compared at all.
 """
 
 import json
 import re
 import shlex
 
+import golden
 import pytest
 from conftest import ROOT
 
@@ -15,6 +22,7 @@ READMES = {"README.md": "Results", "README.ru.md": "Результаты"}
 MARKED = re.compile(
     r"(?P<number>[-−]?\d+(?:[.,]\d+)?)(?P<percent>\s?%)?\**<!--\s*m:(?P<path>[^>]+?)\s*-->"
 )
+OF_A_MACHINE = ("speed_ms_an_image", "training.minutes", "training.peak_memory_gb")
 # in a table of results: a decimal number or a percentage that no comment follows
 UNMARKED = re.compile(r"(?<![\w.,@:\[])\d+(?:[.,]\d+\s?%?|\s?%)(?![\w.,:\]])(?!\**<!--)")
 
@@ -47,8 +55,16 @@ def metrics():
     return json.loads((ROOT / "checkpoints" / "metrics.json").read_text(encoding="utf-8"))
 
 
+def allowed_move(path):
+    """How far another processor's rounding may move the figure at a path."""
+    words = path.split(".")
+    return max((move for kind, move in MOVES.items() if kind in words), default=0.0)
+
+
 @pytest.mark.parametrize("name", READMES)
 def test_numbers_are_those_of_metrics_json(name, metrics):
+    if metrics["detector"]["weights"] != golden.stored()["weights"]:
+        pytest.skip("metrics.json is of a detector that was trained here, the READMEs are not")
     found = list(MARKED.finditer(text(name)))
     assert len(found) >= 5
     for one in found:
@@ -56,10 +72,21 @@ def test_numbers_are_those_of_metrics_json(name, metrics):
             value = lookup(metrics, one["path"])
         except (KeyError, IndexError, ValueError, TypeError):
             pytest.fail(f"{name}: metrics.json has no {one['path']}")
+        if one["path"].startswith(OF_A_MACHINE):
+            continue
+        factor = 100 if one["percent"] else 1
         shown = one["number"].replace(",", ".").replace("−", "-")
-        decimals = len(shown.partition(".")[2])
-        wanted = f"{value * (100 if one['percent'] else 1):.{decimals}f}"
-        assert shown == wanted, f"{name}: {one[0]} but metrics.json has {value}"
+        last_digit = 10.0 ** -len(shown.partition(".")[2])
+        allowed = last_digit / 2 + factor * allowed_move(one["path"]) + 1e-9
+        difference = abs(float(shown) - factor * value)
+        assert difference <= allowed, f"{name}: {one[0]} but metrics.json has {value}"
+
+
+def test_rounding_allows_for_rounding_and_no_more():
+    """The README's figures would not pass for those of another training."""
+    assert allowed_move("test.map_50") < 0.002
+    assert allowed_move("training.epochs") == 0.0
+    assert allowed_move("counting.RBC.count_mae") < 0.1
 
 
 @pytest.mark.parametrize(("name", "heading"), READMES.items())
