@@ -148,11 +148,10 @@ def profile(title, function, repeats=3):
         )
 
 
-def targets_of(boxes, labels, size):
-    """Padded boxes in [0, 1] as torchvision wants them: a list of dicts in pixels."""
-    return [
-        {"boxes": b[c > 0] * size, "labels": c[c > 0]} for b, c in zip(boxes, labels, strict=True)
-    ]
+def targets_of(boxes, labels, size, device="cpu"):
+    """Lists of boxes in [0, 1] and labels as torchvision wants them: a list of dicts in pixels."""
+    pairs = zip(boxes, labels, strict=True)
+    return [{"boxes": b.to(device) * size, "labels": c.to(device)} for b, c in pairs]
 
 
 def our_step(nb, model, batch, device, dtype):
@@ -162,8 +161,8 @@ def our_step(nb, model, batch, device, dtype):
     copy = nb.SSD300(model.num_classes, model.priors.clone())
     copy.load_state_dict(model.state_dict())
     nb.freeze_blocks(copy, nb.FROZEN_BLOCKS)
-    run = nb.Run(copy, 1, dtype, device)
-    return lambda: nb.optimisation_step(run, *batch)
+    run = nb.Run(copy, 1, dtype, device, {})
+    return lambda: nb.training_step(run, *batch)
 
 
 def their_step(nb, model, batch, device, frozen):
@@ -176,7 +175,7 @@ def their_step(nb, model, batch, device, frozen):
         parameter.requires_grad_(index >= frozen)
     trained = [p for p in twin.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=1e-4, momentum=0.9, weight_decay=5e-4)
-    given, wanted = list(images / 255), targets_of(boxes, labels, 300)
+    given, wanted = list(images / 255), targets_of(boxes, labels, 300, device)
 
     def step():
         optimizer.zero_grad(set_to_none=True)
@@ -201,7 +200,7 @@ def training_rows(nb, model, batch, repeats, device):
 
 def loss_inputs(nb, model, split, device):
     """Outputs and targets of a batch of 32: locs, scores, boxes, labels."""
-    _, boxes, labels, *_ = nb.SmearDataset(split).batch(range(32), device)
+    _, boxes, labels = nb.SmearDataset(split).batch(range(32))
     torch.manual_seed(0)
     locs = torch.randn(32, 8732, 4, device=device, requires_grad=True)
     scores = torch.randn(32, 8732, model.num_classes, device=device, requires_grad=True)
@@ -212,7 +211,7 @@ def loss_row(nb, model, split, repeats, device):
     """Matching and loss with gradients, batch 32, from the same outputs."""
     locs, scores, boxes, labels = loss_inputs(nb, model, split, device)
     twin = torchvision_twin(nb, model).to(device)
-    wanted = targets_of(boxes, labels, 300)
+    wanted = targets_of(boxes, labels, 300, device)
     anchors = [nb.cxcywh_to_xyxy(model.priors) * 300] * 32
 
     def theirs():
@@ -241,12 +240,16 @@ def profiles(nb, model, split, batch, device):
     profile("matching and loss, batch 32", lambda: sum(criterion(*inputs).values()).backward())
     with torch.no_grad():
         locs, scores = model(nb.normalize(batch[0]))
+    profile("decoding and NMS, batch 8", lambda: decode_and_select(nb, model, locs, scores))
+
+
+def decode_and_select(nb, model, locs, scores):
+    """From the outputs of the network to the detections of each image."""
+    boxes = nb.decode(locs, model.priors).clamp(0, 1).cpu()
+    chances = scores.cpu().transpose(1, 2).softmax(1).transpose(1, 2)
     limits = nb.MIN_SCORE, nb.MAX_OVERLAP, nb.TOP_K
-    select = nb.select_detections
-    profile(
-        "decoding and NMS, batch 8",
-        lambda: select(locs, nb.class_probabilities(scores), *limits, priors=model.priors),
-    )
+    pairs = zip(boxes, chances, strict=True)
+    return [nb.select_detections(*pair, *limits) for pair in pairs]
 
 
 def detection_rows(nb, model, split, repeats, device):
@@ -255,15 +258,12 @@ def detection_rows(nb, model, split, repeats, device):
     """
     twin = torchvision_twin(nb, model).to(device).eval()
     files = [str(picture) for _, picture in split.files[:8]]
-    small = torch.stack([nb.squeeze(split.image(i), 300) for i in range(8)]).float().to(device)
+    small = torch.stack([nb.resize_to_square(split.image(i), 300) for i in range(8)]).float().to(device)
     with torch.no_grad():
         locs, scores = model(nb.normalize(small))
         outputs = {"bbox_regression": locs, "cls_logits": scores}
         anchors = [nb.cxcywh_to_xyxy(model.priors) * 300] * 8
-        limits = nb.MIN_SCORE, nb.MAX_OVERLAP, nb.TOP_K
-        found = nb.select_detections(
-            locs, nb.class_probabilities(scores), *limits, priors=model.priors
-        )
+        found = decode_and_select(nb, model, locs, scores)
         expected = twin(list(small / 255))
         for mine, other in zip(found, expected, strict=True):
             n = min(len(mine["scores"]), len(other["scores"]), 100)
@@ -277,7 +277,7 @@ def detection_rows(nb, model, split, repeats, device):
 
     @torch.no_grad()
     def ours():
-        nb.select_detections(locs, nb.class_probabilities(scores), *limits, priors=model.priors)
+        decode_and_select(nb, model, locs, scores)
 
     @torch.no_grad()
     def theirs():
@@ -357,7 +357,8 @@ def pipeline_row(nb, split, repeats, device):
     recipe = v2.Compose([*steps, v2.SanitizeBoundingBoxes()])
 
     def ours():
-        nb.augment(*data.batch(range(8), device)[:3], generator, 4 / 3)
+        images, boxes, _ = data.batch(range(8))
+        nb.augment(images, boxes, generator, 4 / 3)
 
     def theirs():
         items = []
@@ -440,8 +441,9 @@ def main():
     nb = quiet_definitions()
     model, _ = nb.load_detector(ROOT / "checkpoints" / "best_model.pth", device)
     split = nb.SmearSplit(nb.dataset_root(arguments.dataset), "val")
-    images, *targets = nb.SmearDataset(split).batch(range(8), device)
-    batch = images.float(), *targets
+    images, boxes, labels = nb.SmearDataset(split).batch(range(8))
+    complete = torch.zeros(8, dtype=torch.bool)
+    batch = images.to(device).float(), boxes, labels, complete
     if arguments.peak:
         return peak(nb, model, batch, arguments.peak, device)
     if arguments.profile:

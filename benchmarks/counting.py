@@ -183,7 +183,7 @@ def main():
     model, names = nb.load_detector(arguments.checkpoint, nb.DEVICE)
     classes = len(names)
     complete = nb.read_complete_labels(arguments.labels, names)
-    val = nb.SmearSplit(nb.dataset_root(arguments.dataset), "val", names, complete=complete)
+    val = nb.SmearSplit(nb.dataset_root(arguments.dataset), "val", names)
     images = [val.image(index) for index in range(len(val))]
     found, every = nb.detect_both(model, images, num_classes=classes)
     official = list(zip(val.boxes, val.labels, strict=True))
@@ -192,8 +192,9 @@ def main():
         *names,
     )
     print("official labels:", quality(nb, found, official, classes))
-    some = [index for index, cells in enumerate(val.complete) if cells is not None]
-    truth, part = [val.complete[index] for index in some], [official[index] for index in some]
+    some = [index for index, image_id in enumerate(val.ids) if image_id in complete]
+    truth = [complete[val.ids[index]] for index in some]
+    part = [official[index] for index in some]
     few, all_cells = ([reading[index] for index in some] for reading in (found, every))
     print(f"{len(some)} of them have complete labels")
     print("official labels:", quality(nb, few, part, classes))
@@ -215,7 +216,7 @@ def main():
         cut = threshold_by_labels(matched(nb, found, official, classes), label)
         usual = [int((row[label - 1][0] >= cut).sum()) for row in usual_rows]
         objects = np.array([row[label - 1][2] for row in rows])
-        number, low, high = counts[:, label - 1].T
+        number, low, high = counts[:, label - 1].T.astype(int)
         inside = f"{np.mean((low <= objects) & (objects <= high)):.1%}"
         for way, best, held, reading in (
             (f"score {cut:.2f}", usual, "", usual_rows),

@@ -62,18 +62,20 @@ def measure(root, steps, memory_mb):
     for name in ("first", "second"):
         started = time.perf_counter()
         for batch in torch.randperm(len(data), generator=generator).split(nb.BATCH_SIZE):
-            nb.augment(*data.batch(batch.tolist(), device)[:3], generator, 4 / 3)
+            images, boxes, _ = data.batch(batch)
+            nb.augment(images.to(device), boxes, generator, 4 / 3)
         figures[name] = time.perf_counter() - started
     model = nb.build_model(4, None, torch.randn(4, 3, 300, 300) * 50, 0)
     nb.freeze_blocks(model, nb.FROZEN_BLOCKS)  # as the default does where it has ImageNet weights
-    run = nb.Run(model, 1, nb.pick_precision(device), device)
+    run = nb.Run(model, 1, nb.pick_precision(device), device, {})
     seconds = []
     for batch in torch.randperm(len(data), generator=generator)[
         : (steps + 2) * nb.BATCH_SIZE
     ].split(nb.BATCH_SIZE):
         started = time.perf_counter()
-        targets = data.batch(batch.tolist(), device)[:3]
-        nb.optimisation_step(run, *nb.augment(*targets, generator, 4 / 3))
+        images, boxes, labels = data.batch(batch)
+        images, boxes, _ = nb.augment(images.to(device), boxes, generator, 4 / 3)
+        nb.training_step(run, images, boxes, labels, torch.zeros(len(batch), dtype=torch.bool))
         seconds.append(time.perf_counter() - started)
     return {**figures, "step": statistics.median(seconds[2:]), "memory": peak_gb(nb, device)}
 

@@ -156,9 +156,9 @@ def train_ours(nb, train, val, weights, epochs, rate, dtype, device):
     every = range(0, len(train), max(1, len(train) // 16))
     first = nb.normalize(nb.SmearDataset(train).batch(every)[0])
     model = nb.build_model(len(train.class_names) + 1, weights, first, nb.SEED)
-    run = nb.Run(model, epochs, dtype, device)
+    run = nb.Run(model, epochs, dtype, device, {})
     run.passes = 1  # over the images in an epoch, as on the other side
-    data = nb.SmearDataset(train, nb.WORKING_SIZE)
+    data = nb.EveryCellDataset(train, nb.WORKING_SIZE)
     while run.epoch < epochs:
         started = time.perf_counter()
         losses, _ = nb.train_epoch(run, data)

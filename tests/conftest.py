@@ -54,7 +54,7 @@ def load_definitions(
 def part_of(split, indices):
     """A split of some of the images of another."""
     part = copy.copy(split)
-    for name in ("ids", "files", "sizes", "boxes", "labels", "complete", "skipped"):
+    for name in ("ids", "files", "sizes", "boxes", "labels"):
         setattr(part, name, [getattr(split, name)[i] for i in indices])
     return part
 

@@ -1,9 +1,16 @@
 """The audit finds each fault where it was planted, finds nothing in clean drawn data, and BCCD's known faults."""
 
+import json
+import sys
+
 import planting
 import pytest
+from conftest import ROOT
 
 import synthetic_bccd as synthetic
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import find_shared_fields as search  # noqa: E402
 
 
 @pytest.fixture
@@ -26,11 +33,13 @@ def labels_of(nb, bccd):
 
 def shared(nb, bccd):
     """Pairs of (split, id) that share a field, each as a set, with the share in common."""
-    pixels, names = nb.thumbnails(load(nb, bccd))
-    return {
-        frozenset((names[i], names[j])): common
-        for i, j, _, common, _ in nb.find_shared_fields(pixels)
-    }
+    datasets = load(nb, bccd)
+    split_of = {i: split for split, dataset in datasets.items() for i in dataset.ids}
+    pixels, names = search.thumbnails(datasets)
+    found = {}
+    for i, j, _, common, _ in search.find_shared_fields(pixels):
+        found[frozenset((split_of[name], name) for name in (names[i], names[j]))] = common
+    return found
 
 
 def test_clean_data_has_no_fault(nb, clean):
@@ -102,10 +111,21 @@ def test_all_faults_at_once(nb, clean):
 
 @pytest.fixture(scope="module")
 def real_findings(nb, bccd_root):
+    """The label faults of BCCD, and the pairs of images that the committed list has."""
     datasets = load(nb, nb.dataset_root(bccd_root))
-    pixels, names = nb.thumbnails(datasets)
-    pairs = [(names[i], names[j], common) for i, j, _, common, _ in nb.find_shared_fields(pixels)]
-    return nb.audit_labels(datasets), pairs
+    return nb.audit_labels(datasets), nb.read_shared_fields(ROOT / nb.SHARED_FIELDS, datasets)
+
+
+def test_the_committed_list_is_what_the_search_finds(nb, bccd_root):
+    datasets = load(nb, nb.dataset_root(bccd_root))
+    pixels, names = search.thumbnails(datasets)
+    found = {}
+    for i, j, _, share, shift in search.find_shared_fields(pixels):
+        found[names[i], names[j]] = (round(share, 4), shift)
+    listed = {}
+    for row in json.loads((ROOT / nb.SHARED_FIELDS).read_text("utf-8"))["pairs"]:
+        listed[tuple(row["images"])] = (row["share"], row["shift"])
+    assert found == listed
 
 
 def rows(findings, word):
@@ -134,14 +154,38 @@ def test_known_label_faults_of_bccd(real_findings):
 def test_known_shared_fields_of_bccd(real_findings):
     """29 pairs from different splits are known to share a field; nine test smears share one with a training smear."""
     _, pairs = real_findings
-    across = [(a, b, common) for a, b, common in pairs if a[0] != b[0]]
+    across = [pair for pair in pairs if pair.first[0] != pair.second[0]]
     assert 26 <= len(across) <= 36
-    with_train = {b[1] for a, b, _ in across if (a[0], b[0]) == ("train", "test")}
+    with_train = set()
+    for pair in across:
+        if {pair.first[0], pair.second[0]} == {"train", "test"}:
+            with_train |= {name for split, name in pair[:2] if split == "test"}
     known = {19, 41, 161, 205, 225, 229, 233, 249, 365}
     found = {int(name.split("_")[1]) for name in with_train}
     assert len(found & known) >= 8 and len(found - known) <= 2
-    nearly_identical = [{a[1], b[1]} for a, b, common in pairs if common > 0.95]
+    nearly_identical = [{pair.first[1], pair.second[1]} for pair in pairs if pair.share > 0.95]
     assert {"BloodImage_00037", "BloodImage_00038"} in nearly_identical
+
+
+def test_without_a_list_or_with_that_of_other_images_nothing_is_shared(nb, clean, tmp_path):
+    datasets = load(nb, clean)
+    assert nb.read_shared_fields(tmp_path / "absent.json", datasets) == []
+    assert nb.read_shared_fields("", datasets) == []
+    assert nb.read_shared_fields(ROOT / nb.SHARED_FIELDS, datasets) == []
+
+
+@pytest.mark.parametrize(("dy", "dx"), [(12, -24), (-12, 24), (0, 0), (40, 5)])
+def test_the_rectangles_of_two_images_show_the_same(nb, dy, dx):
+    """What the first shows at its rectangle the second shows at its own."""
+    import numpy as np
+
+    glass = np.random.default_rng(0).random((200, 200))
+    first, second = glass[80:128, 80:144], glass[80 + dy : 128 + dy, 80 + dx : 144 + dx]
+    x, y, width, height = nb.overlap_rectangle(dy, dx)
+    other_x, other_y, _, _ = nb.overlap_rectangle(-dy, -dx)
+    one = first[y : y + height, x : x + width]
+    two = second[other_y : other_y + height, other_x : other_x + width]
+    assert one.shape == (height, width) and np.array_equal(one, two)
 
 
 def test_fields_in_one_split_and_strangers(nb):
@@ -151,7 +195,7 @@ def test_fields_in_one_split_and_strangers(nb):
     field = torch.rand(1, 1, 17, 26, generator=torch.Generator().manual_seed(4)) * 255
     field = torch.nn.functional.interpolate(field, (68, 104), mode="bicubic")[0, 0]
     pixels = torch.stack([field[:48, :64], field.flip(0)[:48, :64], field[18:66, 10:74]])
-    ((first, second, correlation, share, shift),) = nb.find_shared_fields(pixels)
+    ((first, second, correlation, share, shift),) = search.find_shared_fields(pixels)
     assert (first, second) == (0, 2) and correlation > 0.9
     assert share == pytest.approx(30 * 54 / (48 * 64), abs=0.03)
     assert shift == [18, 10]
@@ -160,8 +204,8 @@ def test_fields_in_one_split_and_strangers(nb):
 def test_pictures_without_contrast_share_nothing(nb):
     import torch
 
-    assert nb.find_shared_fields(torch.full((3, 48, 64), 200.0)) == []
-    assert nb.find_shared_fields(torch.rand(1, 48, 64)) == []
+    assert search.find_shared_fields(torch.full((3, 48, 64), 200.0)) == []
+    assert search.find_shared_fields(torch.rand(1, 48, 64)) == []
 
 
 @pytest.mark.parametrize(
@@ -189,10 +233,13 @@ def test_constants_that_cannot_work_are_named(nb, name, value):
         nb.check_configuration({**vars(nb), name: value})
 
 
-def test_every_constant_that_is_checked_exists_and_colours_suffice(nb):
-    for names, _, _ in nb.CHECKS:
-        assert all(hasattr(nb, name) for name in names.split())
-    assert len(nb.CLASS_COLOURS) >= 2 * len(nb.CLASS_NAMES)
+def test_every_constant_that_is_checked_exists_and_every_class_has_a_colour(nb, monkeypatch):
+    checked = nb.WHOLE_NUMBERS + nb.SHARES + nb.NOT_NEGATIVE + nb.ABOVE_ZERO
+    assert all(hasattr(nb, name) for name in checked)
+    monkeypatch.setattr(nb, "CLASS_NAMES", [f"class {i}" for i in range(20)])
+    colours = [nb.class_colour(label) for label in range(1, 41)]
+    assert colours[:20] == colours[20:]  # a skipped cell has the colour of its class
+    assert len(set(colours[:7])) == 7
 
 
 @pytest.mark.parametrize("count", [0, 1, 12])
@@ -202,8 +249,8 @@ def test_boxes_of_any_number_are_drawn_and_rare_classes_named(nb, count):
 
     labels = torch.tensor(([1] * 10 + [2, 3])[:count], dtype=torch.int64)
     boxes = torch.arange(count)[:, None] * 20.0 + torch.tensor([0, 60, 15, 75])
-    _, (axis,) = nb.sheet(1, 1)
-    nb.draw_boxes(axis, np.zeros((200, 300, 3), np.uint8), boxes, labels, torch.full((count,), 0.9))
+    _, (axis,) = nb.picture_grid(1, 1)
+    nb.draw_boxes(axis, np.zeros((200, 300, 3)), boxes, labels, torch.full((count,), 0.9))
     words = [text.get_text() for text in axis.texts]
     nb.plt.close("all")
     assert len(axis.patches) == count

@@ -110,8 +110,8 @@ def test_voting_moves_each_box_to_the_mean_of_those_near_it(nb):
     low = torch.rand(60, 2, generator=g) * 0.15
     boxes = torch.cat([low, low + 0.5 + 0.1 * torch.rand(60, 2, generator=g)], 1)
     scores = torch.rand(60, 3, generator=g)
-    (plain,) = nb.select_detections(boxes[None], scores[None], 0.1, 0.45, 200)
-    (voted,) = nb.select_detections(boxes[None], scores[None], 0.1, 0.45, 200, 0.7)
+    plain = nb.select_detections(boxes, scores, 0.1, 0.45, 200)
+    voted = nb.select_detections(boxes, scores, 0.1, 0.45, 200, 0.7)
     assert 0 < len(plain["boxes"]) < 30
     assert torch.equal(plain["labels"], voted["labels"]) and torch.equal(
         plain["scores"], voted["scores"]
@@ -130,12 +130,11 @@ def test_a_box_without_area_is_no_number_that_is_none(nb):
     """Two boxes squashed to a line at the border overlap nothing, not even themselves: voting
     leaves them alone.
     """
-    boxes = torch.tensor([[[1.0, 0.2, 1.0, 0.4], [0.1, 0.1, 0.3, 0.3], [0.11, 0.1, 0.31, 0.3]]])
-    scores = torch.tensor([[[0.1, 0.9], [0.2, 0.8], [0.6, 0.4]]])
-    (found,) = nb.select_detections(boxes, scores, 0.01, 0.45, 200, 0.6)
-    assert (
-        torch.isfinite(found["boxes"]).all() and found["boxes"][0].tolist() == boxes[0, 0].tolist()
-    )
+    boxes = torch.tensor([[1.0, 0.2, 1.0, 0.4], [0.1, 0.1, 0.3, 0.3], [0.11, 0.1, 0.31, 0.3]])
+    scores = torch.tensor([[0.1, 0.9], [0.2, 0.8], [0.6, 0.4]])
+    found = nb.select_detections(boxes, scores, 0.01, 0.45, 200, 0.6)
+    assert torch.isfinite(found["boxes"]).all()
+    assert found["boxes"][0].tolist() == boxes[0].tolist()
     assert torch.allclose(
         found["boxes"][1], torch.tensor([0.31 / 3, 0.1, 0.91 / 3, 0.3]), atol=1e-6
     )
@@ -183,53 +182,71 @@ def test_the_readings_differ_in_their_suppression(nb):
     )
     image, numbers = picture(300, 300), []
     for every in (False, True):
-        (found,) = nb.read_detections(outputs, [image], None, 1, every)
+        (found,) = nb.read_detections(outputs, [image], 1, every)
         numbers.append(len(found["labels"]))
     assert numbers == [2, 1]
 
 
 def test_the_limits_of_the_official_reading_are_those_of_the_evaluation(nb, monkeypatch):
     given = {}
-    monkeypatch.setattr(nb, "select_detections", lambda *_, **limits: given.update(limits) or [])
-    nb.read_detections((None, torch.zeros(0, 5, 2)), [], None, 1)
-    assert given == {
-        "min_score": 0.01,
-        "max_overlap": 0.45,
-        "top_k": 200,
-        "vote_overlap": 0.6,
-        "priors": None,
-    }
+    found = {"boxes": torch.zeros(0, 4)}
+
+    def select(boxes, probabilities, **limits):
+        given.update(limits)
+        return found
+
+    monkeypatch.setattr(nb, "select_detections", select)
+    nb.read_detections((torch.zeros(1, 5, 4), torch.zeros(1, 5, 2)), [picture(9, 9)], 1)
+    assert given == {"min_score": 0.01, "max_overlap": 0.45, "top_k": 200, "vote_overlap": 0.6}
 
 
-def test_decoding_the_candidates_alone_equals_decoding_everything(nb):
-    """Three images at once, offsets decoded late: the same as one image, one class at a time, on
-    decoded boxes.
-    """
+def test_an_image_of_several_equals_one_class_at_a_time(nb):
+    """Three images at once: the same as one image, one class at a time, by torchvision's NMS."""
     g = torch.Generator().manual_seed(5)
     priors = nb.create_prior_boxes()
     locs = torch.randn(3, 8732, 4, generator=g)
-    scores = (torch.randn(3, 8732, 4, generator=g) * 2 + torch.tensor([4.0, 0, -2, -30])).softmax(
-        -1
-    )
-    late = nb.select_detections(locs, scores, 0.01, 0.45, 200, priors=priors)
+    logits = torch.randn(3, 8732, 4, generator=g) * 2 + torch.tensor([4.0, 0, -2, -30])
+    scores = logits.softmax(-1)
     boxes = nb.decode(locs, priors).clamp(0, 1)
-    early = nb.select_detections(boxes, scores, 0.01, 0.45, 200)
+    outputs = (boxes, scores)
+    found = nb.read_detections(outputs, [picture(1, 1)] * 3, 3, vote_overlap=1.0)
     for b in range(3):
-        parts = []
+        wanted = []
         for label in (1, 2, 3):
             above = (scores[b, :, label] > 0.01).nonzero()[:, 0]
             order = scores[b, above, label].argsort(descending=True, stable=True)[:400]
             above = above[order]
             above = above[ops.nms(boxes[b, above], scores[b, above, label], 0.45)]
-            parts += [(float(scores[b, p, label]), label, boxes[b, p]) for p in above]
-        wanted = sorted(parts, key=lambda part: -part[0])[:200]
-        for found in (late[b], early[b]):
-            assert found["scores"].tolist() == [score for score, _, _ in wanted]
-            assert found["labels"].tolist() == [label for _, label, _ in wanted]
-            assert torch.allclose(
-                found["boxes"], torch.stack([box for _, _, box in wanted]), atol=1e-6
-            )
-    assert 3 not in late[0]["labels"].tolist() and len(late[0]["labels"]) > 50
+            wanted += [(float(scores[b, p, label]), label, boxes[b, p]) for p in above]
+        wanted = sorted(wanted, key=lambda row: -row[0])[:200]
+        assert found[b]["scores"].tolist() == [score for score, _, _ in wanted]
+        assert found[b]["labels"].tolist() == [label for _, label, _ in wanted]
+        wanted_boxes = torch.stack([box for _, _, box in wanted])
+        assert torch.allclose(found[b]["boxes"], wanted_boxes, atol=1e-6)
+    assert 3 not in found[0]["labels"].tolist() and len(found[0]["labels"]) > 50
+
+
+def test_a_class_does_not_suppress_another(nb):
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10], [1, 0, 11, 10]])
+    scores = torch.tensor([[0.1, 0.9, 0.0], [0.2, 0.0, 0.8], [0.4, 0.6, 0.0]])
+    found = nb.select_detections(boxes, scores, 0.01, 0.45, 200)
+    assert found["labels"].tolist() == [1, 2]
+
+
+def test_half_precision_is_asked_for_and_not_the_default(nb, monkeypatch):
+    seen = []
+    scores = torch.zeros(8732, 4)
+    model = Fixed(nb.create_prior_boxes(), torch.zeros(8732, 4), scores)
+    real = nb.forward
+
+    def forward(model, images, dtype):
+        seen.append(dtype)
+        return real(model, images, dtype)
+
+    monkeypatch.setattr(nb, "forward", forward)
+    nb.detect(model, [picture(64, 64)])
+    nb.detect(model, [picture(64, 64)], dtype=torch.bfloat16)
+    assert seen == [torch.float32, torch.bfloat16]
 
 
 def test_nothing_found_is_an_empty_answer_of_the_right_shape(nb):

@@ -120,7 +120,9 @@ def test_precision_and_recall_by_hand(nb):
         [0.9, 0.8, 0.7, 0.6]
     )
     # COCO: precision 1 at the 51 recalls up to 0.5, 2/3 at the other 50
-    assert nb.ap_table(matches, 1)[0, 0, 0] == pytest.approx((51 + 50 * 2 / 3) / 101)
+    by_hand = pytest.approx((51 + 50 * 2 / 3) / 101)
+    assert nb.ap_table(matches, 1)[0, 0] == by_hand
+    assert nb.average_precision(matches[0][0].right[0], 2) == by_hand
 
 
 def slow_bootstrap(nb, matches, classes, samples, seed):
@@ -162,8 +164,29 @@ def test_thresholds_where_detections_and_labels_agree_best(nb):
         np.array([0.9, 0.8, 0.7, 0.2, 0.1]),
         np.array([[True, False, True, False, False]]),
     )
-    none = (np.zeros(0), np.zeros((1, 0), bool), 0)
-    assert nb.best_thresholds([[(scores, true, 2), none]], 2) == [0.7, nb.SHOW_SCORE]
+    none = nb.Matched(np.zeros(0), np.zeros((1, 0), bool), 0)
+    one = nb.Matched(scores, true, 2)
+    assert nb.best_thresholds([[one, none]], 2) == [0.7, nb.SHOW_SCORE]
+    alarms = nb.Matched(scores, np.zeros((1, 5), bool), 0)  # detections of a class without objects
+    assert nb.best_thresholds([[alarms]], 1) == [nb.SHOW_SCORE]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_plain_average_precision_equals_the_weighted_one(nb, seed):
+    """Also where no recall, or each of them, is reached."""
+    generator = np.random.default_rng(seed)
+    for share in (0.0, 0.3, 1.0):
+        right = generator.random(40) < share
+        for objects in (max(1, right.sum()), right.sum() + 7):
+            plain = nb.average_precision(right, objects)
+            once = nb.weighted_average_precision(right, np.ones(40, int), objects)
+            assert plain == pytest.approx(once, abs=1e-12)
+
+
+def test_a_weight_of_two_is_the_detection_twice(nb):
+    right, times = np.array([True, False, True, False, True]), np.array([2, 1, 0, 3, 1])
+    repeated = nb.average_precision(np.repeat(right, times), 6)
+    assert nb.weighted_average_precision(right, times, 6) == pytest.approx(repeated, abs=1e-12)
 
 
 def test_kinds_of_errors(nb):

@@ -82,7 +82,7 @@ def test_any_number_of_classes(nb, classes):
 def test_first_loss_is_that_of_an_undecided_network(nb, vgg_weights, drawn_bccd):
     """With ImageNet features the confidence term starts near its undecided value."""
     split = nb.SmearSplit(nb.dataset_root(drawn_bccd), "train")
-    images, boxes, labels, _ = nb.SmearDataset(split, 300).batch(range(4))
+    images, boxes, labels = nb.SmearDataset(split, 300).batch(range(4))
     pixels = nb.normalize(images)
     weights = nb.vgg16_features(str(vgg_weights))
     model = nb.build_model(4, weights, pixels, seed=0)

@@ -152,7 +152,7 @@ def test_the_drawn_dataset_reads_exactly(nb, small):
 def test_images_beyond_the_memory_budget_are_read_again(nb, small, monkeypatch):
     monkeypatch.setattr(nb, "IMAGE_MEMORY_MB", 2 * 3 * 300**2 / 1e6)  # two squeezed images
     data = nb.SmearDataset(nb.SmearSplit(small, "train"))
-    expected = [nb.squeeze(data.split.image(i), 300) for i in range(3)]
+    expected = [nb.resize_to_square(data.split.image(i), 300) for i in range(3)]
     for _ in range(2):
         assert all(torch.equal(data[i][0], expected[i]) for i in range(3))
     assert [data[i][0] is data[i][0] for i in range(3)] == [True, True, False]
@@ -255,22 +255,22 @@ def test_a_size_that_is_not_the_image_is_refused(nb, small):
     assert nb.SmearSplit(small, "train").sizes == [(640, 480), (480, 640), (640, 480)]
 
 
-def test_the_fingerprint_hears_data_and_not_line_ends(nb, small):
-    def fingerprint(split="train", **options):
-        return b"".join(nb.SmearSplit(small, split, **options).fingerprint())
+def test_the_digest_of_the_data_hears_content_and_not_line_ends(nb, small):
+    def digest(split="train", labels_by_id=None):
+        return nb.data_digest([nb.SmearSplit(small, split)], labels_by_id or {})
 
-    first, path = fingerprint(), small / "Annotations" / "Smear_00001.xml"
+    first, path = digest(), small / "Annotations" / "Smear_00001.xml"
     whole = path.read_bytes()
     path.write_bytes(whole.replace(b"\n", b"\r\n"))
-    assert fingerprint() == first  # git on Windows
+    assert digest() == first  # git on Windows
     path.write_bytes(whole.replace(b"<name>RBC", b"<name>WBC", 1))
-    assert fingerprint() != first
+    assert digest() != first
     path.write_bytes(whole)
     known = {"Smear_00001": (torch.tensor([[1.0, 2, 30, 40]]), torch.tensor([1]))}
-    assert fingerprint(complete=known) != first
+    assert digest(labels_by_id=known) != first
     lists = small / "ImageSets" / "Main"
     (lists / "val.txt").write_text((lists / "train.txt").read_text())
-    assert fingerprint("val") != first  # the same files in another split
+    assert digest("val") != first  # the same files in another split
 
 
 def test_complete_labels_name_the_skipped_cells(nb, small, tmp_path):
@@ -281,36 +281,26 @@ def test_complete_labels_name_the_skipped_cells(nb, small, tmp_path):
     path = tmp_path / "complete.json"
     path.write_text(nb.json.dumps({"images": {"Smear_00001": rows, "elsewhere": rows}}))
     known = nb.read_complete_labels(path)
-    split = nb.SmearSplit(small, "train", complete=known)
-    assert [every is not None for every in split.complete] == [
-        False,
-        True,
-        False,
-    ] and split.knows_skipped
-    boxes, labels = split.complete[1]
-    assert boxes.shape == (3, 4) and labels.tolist() == [
-        1,
-        1,
-        2,
-    ]  # no unknown class, no box without area
-    boxes, labels = split.skipped[1]
-    assert labels.tolist() == [4, 5] and boxes[0].tolist() == [
-        600,
-        440,
-        639,
-        479,
-    ]  # 5: no white cell was boxed there
-    assert torch.equal(split.boxes[1], official.boxes[1])  # the official ones stay
-    batch = nb.SmearDataset(split, 32).batch([0, 1])
-    assert batch[3].tolist() == [False, True]
-    assert sorted(batch[2][1][batch[2][1] > 3].tolist()) == [4, 5]
+    boxes, labels = known["Smear_00001"]
+    assert boxes.shape == (3, 4)
+    assert labels.tolist() == [1, 1, 2]  # no unknown class, no box without area
+    data = nb.EveryCellDataset(official, 32, known)
+    assert data.complete.tolist() == [False, True, False] and data.count_skipped() == 2
+    boxes, labels = data.targets(1)
+    number = len(official.labels[1])
+    assert labels[number:].tolist() == [4, 5]  # 5: no white cell was boxed there
+    assert boxes[number].tolist() == [600, 440, 639, 479]
+    assert torch.equal(boxes[:number], official.boxes[1])  # the official ones stay
+    _, boxes, labels = data.batch([0, 1])
+    assert sorted(labels[1][labels[1] > 3].tolist()) == [4, 5]
+    assert boxes[1][-1].tolist() == pytest.approx((red / torch.tensor([640, 480] * 2)).tolist())
 
 
 @pytest.mark.parametrize("path", ["", "nowhere.json"])
 def test_no_complete_labels(nb, small, path):
     assert nb.read_complete_labels(path) == {}
-    split = nb.SmearSplit(small, "train", complete={})
-    assert split.complete == [None] * 3 and not split.knows_skipped
+    data = nb.EveryCellDataset(nb.SmearSplit(small, "train"), 32, {})
+    assert not data.complete.any() and data.count_skipped() == 0
 
 
 @pytest.mark.parametrize(
@@ -324,15 +314,17 @@ def test_a_file_that_holds_no_complete_labels(nb, tmp_path, text):
 
 def test_the_complete_labels_that_are_shipped(nb, bccd_root):
     """124 training and 57 validation images, and about 2,200 red cells that BCCD left out."""
-    known, root = nb.read_complete_labels(ROOT / nb.COMPLETE_LABELS), nb.dataset_root(bccd_root)
+    root = nb.dataset_root(bccd_root)
+    datasets = {split: nb.SmearSplit(root, split) for split in ("train", "val", "test")}
+    known = nb.read_complete_labels(ROOT / nb.COMPLETE_LABELS)
+    fitting, remark = nb.complete_labels_that_fit(known, datasets)
+    assert remark == "" and fitting.keys() == known.keys()
     counts = {}
-    for split in ("train", "val", "test"):
-        dataset = nb.SmearSplit(root, split, complete=known)
-        labels = torch.cat([labels for _, labels in dataset.skipped])
-        counts[split] = (
-            sum(every is not None for every in dataset.complete),
-            labels.bincount(minlength=7)[4:].tolist(),
-        )
+    for split, dataset in datasets.items():
+        data = nb.EveryCellDataset(dataset, 32, known)
+        labels = torch.cat([data.targets(i)[1] for i in range(len(data))])
+        skipped = labels[labels > 3].bincount(minlength=7)[4:].tolist()
+        counts[split] = (int(data.complete.sum()), skipped)
     assert counts == {
         "train": (124, [1517, 3, 38]),
         "val": (57, [685, 1, 19]),
