@@ -2,7 +2,6 @@
 
 import planting
 import pytest
-
 import synthetic_bccd as synthetic
 
 

@@ -18,7 +18,6 @@ import pytest
 import torch
 from conftest import NOTEBOOK, ROOT
 from runner_helpers import environment_without, git_repository, nbconvert_in_place
-
 from synthetic_bccd import draw_dataset
 
 SCRIPT = "execute_ssd_notebook.py"
