@@ -818,8 +818,17 @@ class Job:
         self.work_is_kept = False
 
     def choose_folders(self) -> None:
-        """Where checkpoints and results go: own folders for a run with overrides."""
-        if self.draft:
+        """Where checkpoints and results go: own folders for a run with overrides.
+
+        Also for one that writes elsewhere because the checkout is only read; that one works
+        on a copy of the checkpoints.
+        """
+        self.checkpoints_to_copy = None
+        if self.options.output and not self.draft:
+            own = self.folder / (self.known.get("CHECKPOINT_DIR") or "")
+            if is_protected(own):
+                self.checkpoints_to_copy = own
+        if self.draft or self.checkpoints_to_copy is not None:
             for name in FOLDERS_OF_A_RUN:
                 if self.known.get(name) and name not in self.values:
                     own = self.place / Path(self.known[name]).name
@@ -829,12 +838,6 @@ class Job:
         folder = self.value("CHECKPOINT_DIR")
         if folder:
             self.checkpoints = Path(os.path.realpath(self.folder / folder))
-            if self.options.output and is_protected(self.checkpoints):
-                if self.trains_anew():
-                    why = "is write-protected, and a training writes there"
-                    advice = "name another by -p CHECKPOINT_DIR=DIR"
-                    raise Failure(Exit.STORAGE, f"{self.checkpoints} {why}: {advice}.")
-                self.checkpoints = self.place / self.checkpoints.name
             self.staging = self.checkpoints / ".staging"
 
     def trains_anew(self) -> bool:
@@ -884,6 +887,7 @@ def plan_images(job: Job) -> None:
     job.values = {"MY_IMAGES": job.relative(images), "MY_RESULTS": job.relative(results)}
     job.values.update(given)
     job.staging = None  # checkpoints are only read
+    job.checkpoints_to_copy = None
     job.env.pop("BCCD_DATASET", None)
     titles = section_titles(job.notebook)
     shown_titles = set()
@@ -1058,19 +1062,34 @@ def claim(target: Path, folder: Path, room: float):
 
     # The lock file stays: removed, two runs could hold locks of one name. Others may open it.
     path = target.with_name(f".{target.name}.lock")
-    lock = FileLock(path, mode=0o666)
     try:
-        lock.acquire(timeout=0)
+        held = FileLock(path, mode=0o666).acquire(timeout=0)
     except Timeout:
         why = f"Another run works on {target.name} (it holds {path}): wait or end it."
         raise Failure(Exit.LOCKED, why) from None
-    except OSError as error:
+    except PermissionError as error:
         why = f"The lock {path} cannot be opened ({error.strerror})"
         advice = "another user's run made it: remove it when no run works here"
         raise Failure(Exit.STORAGE, f"{why}; {advice}.") from None
+    except OSError as error:
+        raise storage_failure(f"The lock {path} cannot be opened", error) from None
     with contextlib.suppress(OSError):  # it is another user's
         path.chmod(0o666)
-    return lock
+    return held
+
+
+def copy_checkpoints(job: Job) -> None:
+    """Of a checkout that is only read, those that the run's own folder does not have yet."""
+    source = job.checkpoints_to_copy
+    if source is None or job.checkpoints is None or not source.is_dir():
+        return
+    for path in source.iterdir():
+        copied = job.checkpoints / path.name
+        if path.is_file() and not copied.exists():
+            half = copied.with_name(f".{copied.name}.new")
+            shutil.copyfile(path, half)
+            os.replace(half, copied)
+    job.console.note(f"{source} is write-protected: this run works on a copy of it")
 
 
 class Owners:
@@ -1092,14 +1111,21 @@ class Owners:
 
     def paths(self):
         """What a run may write: beside the notebook and the result, and in its own folders."""
-        found = []
-        for folder in {self.job.folder, self.job.target.parent}:
+        job = self.job
+        found = [job.target.parent]
+        whole = [job.folder / "runs", job.place]
+        if job.value("DATA_DIR"):
+            whole.append(job.folder / job.value("DATA_DIR"))
+        beside = [job.folder, job.target.parent]
+        if job.checkpoints is not None:
+            whole.append(job.checkpoints)
+            beside.append(job.checkpoints.parent)
+        for folder in beside:
             found.extend(folder.glob("*"))
-        for folder in (self.job.checkpoints, self.job.folder / "runs", self.job.place):
-            if folder is not None and folder.is_dir():
-                found.append(folder)
-                found.extend(folder.rglob("*"))
-        return found
+        for folder in whole:
+            found.append(folder)
+            found.extend(folder.rglob("*"))
+        return [path for path in found if os.path.lexists(path)]
 
     def restore(self) -> None:
         """Give back what changed hands, and give away what is new."""
@@ -1795,6 +1821,7 @@ def run_steps(job: Job) -> None:
                 room = 2e9
             locks.enter_context(claim(job.checkpoints, job.checkpoints, room))
         try:
+            copy_checkpoints(job)
             job.console.write("2 dataset")
             find_dataset(job)
             job.console.write("3 weights")

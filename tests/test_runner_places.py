@@ -20,6 +20,7 @@ from pathlib import Path
 staging = Path(os.environ['SSD_STAGING'])
 (staging / 'metrics.json').write_text('new')
 (staging / 'detections.jpg').write_bytes(b'a picture')
+(Path(CHECKPOINT_DIR) / 'last.pth').write_bytes(b'the training')
 print('ran')"""
 
 
@@ -68,11 +69,14 @@ def test_a_protected_checkout_with_the_output_elsewhere(protected, capsys):
     assert outputs(page).endswith("ran\n")
     assert tree(protected.folder) == before
     assert protected.left_over() == []
-    metrics = elsewhere / "runs" / "page" / "checkpoints" / "metrics.json"
-    assert metrics.read_text() == "new"
-    code, out, err = protected.call(capsys, "--output", str(page), "-p", "COUNT=4")
-    assert code == 0, err
-    assert tree(protected.folder) == before
+    checkpoints = elsewhere / "runs" / "page" / "checkpoints"
+    assert (checkpoints / "metrics.json").read_text() == "new"
+    assert (checkpoints / "best_model.pth").read_bytes() == b"the trained weights"
+    assert "checkpoints is write-protected: this run works on a copy of it" in out
+    for arguments in (("-p", "COUNT=4"), ("--fresh",)):
+        code, out, err = protected.call(capsys, "--output", str(page), *arguments)
+        assert code == 0, err
+        assert tree(protected.folder) == before
 
 
 def test_a_protected_checkout_gets_its_dataset_elsewhere(place, capsys):
@@ -88,14 +92,6 @@ def test_a_protected_checkout_gets_its_dataset_elsewhere(place, capsys):
     dataset = page.parent / "runs" / "page" / "BCCD_Dataset"
     assert dataset.is_dir()
     assert str(dataset) in outputs(page)
-
-
-def test_a_training_needs_a_place_for_its_checkpoints(protected, capsys):
-    page = protected.folder.parent / "elsewhere" / "page.ipynb"
-    code, out, err = protected.call(capsys, "--fresh", "--output", str(page))
-    assert code == 11
-    assert "checkpoints is write-protected, and a training writes there" in err
-    assert "-p CHECKPOINT_DIR=DIR" in err
 
 
 def test_a_file_system_that_is_only_read(place):
@@ -134,7 +130,6 @@ def test_owner_and_mode_are_kept(place, capsys):
     writes = """
 os.makedirs('checkpoints/more/deep', exist_ok=True)
 os.makedirs('my_results/deep', exist_ok=True)
-open('checkpoints/last.pth', 'w').close()
 open('my_results/deep/counts.csv', 'w').close()
 assert COUNT < 5"""
     place.write(PARAMETERS, STAGES + writes)
@@ -325,14 +320,17 @@ def test_after_any_error_the_outputs_are_kept_and_named(place, monkeypatch, caps
     assert notebooks == ["study.ipynb", "study.other.ipynb"]
 
 
-def test_a_result_that_its_format_does_not_allow_is_kept(place, capsys):
-    """Format 4.0 knows no JSON as an output."""
-    source = "from IPython.display import display\n"
-    source += "display({'application/json': {'a': 1}}, raw=True)\nprint('so far')"
-    place.write(source, minor=0)
+def test_a_result_that_its_format_does_not_allow_is_kept(place, monkeypatch, capsys):
+    place.write("print('so far')")
+    clean = runner.cleaned
+
+    def spoil(notebook):
+        page = clean(notebook)
+        page.cells[0]["id"] = "not allowed!"
+        return page
+
+    monkeypatch.setattr(runner, "cleaned", spoil)
     code, out, err = place.call(capsys)
-    if code != 0:
-        assert code == 9
-        assert "no valid notebook of format 4.0" in err
-        assert "Outputs so far: study.failed.ipynb" in err
-    assert "Traceback" not in err
+    assert code == 9
+    assert "no valid notebook of format 4.5" in err
+    assert "Outputs so far: study.failed.ipynb" in err

@@ -222,7 +222,10 @@ def test_a_page_that_jupyter_ran_again_passes_the_check(place, capsys):
 @pytest.mark.parametrize("minor", [0, 2, 4])
 def test_older_formats_with_overrides(place, capsys, minor):
     """Colab, classic Jupyter and VS Code save them; cells have no ids there."""
-    place.write(PARAMETERS, "print('COUNT is', COUNT)", minor=minor)
+    data = (
+        "from IPython.display import display\ndisplay({'application/json': {'a': [1]}}, raw=True)"
+    )
+    place.write(PARAMETERS, "print('COUNT is', COUNT)", data, minor=minor)
     code, out, err = place.call(capsys, "-p", "COUNT=5")
     assert code == 0, err
     page = place.folder / "runs" / "custom" / "study.ipynb"
