@@ -76,7 +76,7 @@ SILENT_SECONDS = 60.0  # without a terminal: a sign of life after so much silenc
 
 EXIT_CODES = """\
 Exit codes: 0 done, or --check found nothing wrong; 1 an error in this script; 2 wrong use;
-3 packages; 4 dataset; 5 weights; 6 a cell failed; 7 the kernel died, also after the retries;
+3 packages, Python; 4 dataset; 5 weights; 6 a cell failed; 7 the kernel died, also after retries;
 8 --timeout; 9 the result did not pass, or the notebook was edited meanwhile; 10 no notebook;
 11 disk space or a place that cannot be written; 12 another run works here;
 129, 130, 143 ended by SIGHUP, SIGINT (Ctrl-C), SIGTERM."""
@@ -161,7 +161,8 @@ def prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)  # Jupyter's have none
         if reconfigure is not None:
-            reconfigure(errors="replace")
+            with contextlib.suppress(OSError, ValueError):  # it is closed
+                reconfigure(errors="replace")
 
 
 def is_terminal(stream) -> bool:
@@ -1701,7 +1702,7 @@ def publish(job: Job) -> None:
         try:
             if old.exists():
                 copy_owner_and_mode(old, new)
-                shutil.copy2(old, before)
+                copy_file(old, before / old.name)
             replace(new, old)
         except OSError as error:
             why = f"{old.name} cannot be replaced"
@@ -1713,8 +1714,9 @@ def publish(job: Job) -> None:
     for file in done:
         job.console.note(f"{file.name}, {file.stat().st_size / 1e6:.2f} MB")
     for path in earlier_outputs(job.target):
-        path.unlink()
-        job.console.note(f"{path.name} of an earlier run is removed")
+        with contextlib.suppress(OSError):
+            path.unlink()
+            job.console.note(f"{path.name} of an earlier run is removed")
 
 
 def copy_owner_and_mode(old: Path, new: Path) -> None:
@@ -1723,7 +1725,14 @@ def copy_owner_and_mode(old: Path, new: Path) -> None:
     if hasattr(os, "chown"):
         with contextlib.suppress(OSError):
             os.chown(new, status.st_uid, status.st_gid)
-    shutil.copymode(old, new)
+    with contextlib.suppress(OSError):  # some file systems have no modes
+        shutil.copymode(old, new)
+
+
+def copy_file(old: Path, new: Path) -> None:
+    """A copy with the same owner and mode, where that is allowed."""
+    shutil.copyfile(old, new)
+    copy_owner_and_mode(old, new)
 
 
 def replace(new: Path, old: Path) -> None:
@@ -1739,7 +1748,7 @@ def replace(new: Path, old: Path) -> None:
             raise
     kept = old.with_name(f".{old.name}.before")
     if old.exists():
-        shutil.copy2(old, kept)
+        copy_file(old, kept)
     try:
         shutil.copyfile(new, old)
     except OSError as error:

@@ -67,7 +67,7 @@ def test_from_another_folder_under_another_name_and_by_a_link(alone, tmp_path):
     for name in names:
         done = start(elsewhere, name)
         assert done.returncode == 0, done.stderr
-        assert f"done in 0.0 min: {alone / runner.NOTEBOOK}" in done.stdout
+        assert done.stdout.endswith(f" min: {alone / runner.NOTEBOOK}\n")
     done = start(elsewhere, alone / "hand in.py", "--check", f"../alone/{runner.NOTEBOOK}")
     assert done.returncode == 0, done.stderr
 
@@ -186,10 +186,10 @@ def test_in_a_jupyter_cell(place):
     said = []
     for cell in nbformat.read(place.folder / "outer.ipynb", as_version=4).cells:
         said.append("".join(output.get("text", "") for output in cell.outputs))
-    assert "done in 0.0 min" in said[0]
+    assert "done in " in said[0]
     assert "coverage 100.0%" in said[1]
     assert "error: There is no notebook" in said[2]
-    assert "done in 0.0 min" in said[3]
+    assert "done in " in said[3]
     assert outputs(place.notebook) == "ran\n"
 
 
