@@ -1101,32 +1101,30 @@ class Owners:
 
     def __init__(self, job: Job):
         self.job = job
-        status = job.source.stat()
-        self.owner = (status.st_uid, status.st_gid)
+        self.owner = owner_of(job.source)
         self.before = {}
         self.needed = hasattr(os, "geteuid") and os.geteuid() == 0
         if self.needed:
             for path in self.paths():
-                status = path.lstat()
-                self.before[path] = (status.st_uid, status.st_gid)
+                self.before[path] = owner_of(path)
 
     def paths(self):
         """What a run may write: beside the notebook and the result, and in its own folders."""
         job = self.job
-        found = [job.target.parent]
+        beside = [job.folder, job.target.parent]
         whole = [job.folder / "runs", job.place]
+        if job.checkpoints is not None:
+            beside.append(job.checkpoints.parent)
+            whole.append(job.checkpoints)
         if job.value("DATA_DIR"):
             whole.append(job.folder / job.value("DATA_DIR"))
-        beside = [job.folder, job.target.parent]
-        if job.checkpoints is not None:
-            whole.append(job.checkpoints)
-            beside.append(job.checkpoints.parent)
+        found = [job.target.parent]
+        found.extend(whole)
         for folder in beside:
-            found.extend(folder.glob("*"))
+            found.extend(paths_in(folder, deep=False))
         for folder in whole:
-            found.append(folder)
-            found.extend(folder.rglob("*"))
-        return [path for path in found if os.path.lexists(path)]
+            found.extend(paths_in(folder, deep=True))
+        return found
 
     def restore(self) -> None:
         """Give back what changed hands, and give away what is new."""
@@ -1134,17 +1132,38 @@ class Owners:
             return
         for path in self.paths():
             self.give(path)
-            if path not in self.before and path.is_dir() and not path.is_symlink():
-                for inside in path.rglob("*"):
+            if self.before.get(path) is None and not path.is_symlink():
+                for inside in paths_in(path, deep=True):
                     self.give(inside)
 
     def give(self, path: Path) -> None:
         """Give one file or folder that is root's to its owner."""
+        now = owner_of(path)
+        wanted = self.before.get(path) or self.owner
+        if now is None or now[0] != 0 or now == wanted:
+            return
         with contextlib.suppress(OSError):
-            status = path.lstat()
-            wanted = self.before.get(path, self.owner)
-            if status.st_uid == 0 and (status.st_uid, status.st_gid) != wanted:
-                os.chown(path, wanted[0], wanted[1], follow_symlinks=False)
+            os.chown(path, wanted[0], wanted[1], follow_symlinks=False)
+
+
+def owner_of(path: Path):
+    """User and group; None where nothing is (any more)."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return status.st_uid, status.st_gid
+
+
+def paths_in(folder: Path, deep: bool):
+    """Files and folders in a folder, or all below it; other runs may take some away meanwhile."""
+    found = []
+    for parent, folders, files in os.walk(folder):  # passes over what vanishes
+        for name in folders + files:
+            found.append(Path(parent, name))
+        if not deep:
+            break
+    return found
 
 
 # ---------------------------------------------------------------------------------------
@@ -1596,11 +1615,14 @@ def run_to_the_end(coroutine) -> None:
     """asyncio.run; beside a loop that runs already (in a Jupyter cell) in a thread."""
     try:
         asyncio.get_running_loop()
+        loop_runs = True
     except RuntimeError:
+        loop_runs = False
+    if loop_runs:
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            pool.submit(asyncio.run, coroutine).result()
+    else:
         asyncio.run(coroutine)
-        return
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        pool.submit(asyncio.run, coroutine).result()
 
 
 def prepare_kernel(job: Job) -> None:

@@ -497,8 +497,11 @@ def test_an_older_python_can_read_the_script():
 
 
 def test_an_older_python_is_told(monkeypatch, capsys):
+    def python_version():
+        return "3.9.18"
+
     monkeypatch.setattr(sys, "version_info", (3, 9, 18))
-    monkeypatch.setattr("platform.python_version", lambda: "3.9.18")
+    monkeypatch.setattr("platform.python_version", python_version)
     for arguments in ([], ["--check"], ["--help"]):
         assert runner.main(arguments) == 3
         said = capsys.readouterr().err

@@ -42,6 +42,16 @@ def fetch_cells():
     return found
 
 
+def small_files():
+    """Called in the child at its start: files end at 60,000 bytes, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+
+def ignore_ctrl_c():
+    """Called in the child at its start."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def small_dataset(folder):
     """Three drawn smears in BCCD's layout."""
     return draw_dataset(folder, train=1, val=1, test=1)
@@ -189,7 +199,7 @@ def test_12_a_file_that_cannot_be_replaced_takes_the_others_back(place):
 
 def test_13_an_earlier_runs_outputs_are_not_shown_as_this_ones(place):
     """No copy of this run can be saved on a full disk; that of a killed run lies there, and stays."""
-    place.limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+    place.limit = small_files
     place.write("print('x' * 100_000)", "print('still here')\nopen('second', 'w').close()")
     before = place.notebook.read_bytes()
     earlier = before.replace(b"still here", b"long ago")
@@ -208,7 +218,7 @@ def test_13_an_earlier_runs_outputs_are_not_shown_as_this_ones(place):
 
 def test_13_a_signal_that_was_to_be_ignored_is(place):
     """As under nohup, or in the background of a script."""
-    place.limit = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)
+    place.limit = ignore_ctrl_c
     place.write(RUNNING + "time.sleep(1.5)\nprint('to the end')")
     process = place.start()
     place.wait_for("running")

@@ -7,7 +7,6 @@ it here. Where cells run, they run in a real kernel. Only "no-space" and "space-
 patch a function.
 """
 
-import collections
 import json
 import os
 import re
@@ -20,6 +19,7 @@ import venv
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 from runner_helpers import DATA, FETCH, PARAMETERS, Place, finish, outputs, tree
@@ -66,7 +66,12 @@ class Fault:
 
 
 def put(name, data):
-    return lambda place: place.put(name, data)
+    """Writes a file."""
+
+    def prepare(place):
+        place.put(name, data)
+
+    return prepare
 
 
 def old_package(name):
@@ -89,8 +94,14 @@ def bare_python(place):
 
 def no_space(free):
     """Patched: the disk claims to have so many bytes left."""
-    usage = collections.namedtuple("usage", "total used free")(10**12, 10**12, free)
-    return lambda place: place.patch.setattr(shutil, "disk_usage", lambda path: usage)
+
+    def disk_usage(path):
+        return SimpleNamespace(free=free)
+
+    def prepare(place):
+        place.patch.setattr(shutil, "disk_usage", disk_usage)
+
+    return prepare
 
 
 def small_disk(place):
@@ -105,6 +116,44 @@ def small_disk(place):
 def unmount(place):
     assert list(place.disk.glob("*.ipynb")) == []
     subprocess.run(["umount", str(place.disk)], check=True)
+
+
+def notes_are_kept(place):
+    assert (place.folder / "BCCD_Dataset" / "my_notes.txt").read_text() == "mine"
+
+
+def low_output_limit(place):
+    place.patch.setattr(runner, "OUTPUT_LIMIT", 10**6)
+
+
+def broken_kernel(place):
+    place.shadow(ipykernel_launcher="raise ImportError('no zmq here')")
+
+
+def slow_kernel(place):
+    launcher = "open('running', 'w').close()\nimport time\ntime.sleep(300)"
+    place.shadow(ipykernel_launcher=launcher)
+
+
+def remove_notebook(place):
+    place.notebook.unlink()
+
+
+def folder_in_its_place(place):
+    place.notebook.unlink()
+    place.notebook.mkdir()
+
+
+def cut_notebook(place):
+    place.notebook.write_bytes(place.notebook.read_bytes()[:300])
+
+
+def protect_notebook(place):
+    place.notebook.chmod(0o444)
+
+
+def protected_results(place):
+    (place.folder / "results").mkdir(0o555)
 
 
 def first_runner(place):
@@ -206,7 +255,7 @@ FAULTS = [
         (),
         (DATA, FETCH),
         put("BCCD_Dataset/my_notes.txt", "mine"),
-        after=lambda place: (place.folder / "BCCD_Dataset" / "my_notes.txt").read_text() == "mine",
+        after=notes_are_kept,
     ),
     Fault(
         "weights-missing",
@@ -232,7 +281,7 @@ FAULTS = [
         r"printed over 1000000 characters",
         (),
         ("import time\nwhile True: print('x' * 100_000, time.sleep(0.01))",),
-        lambda place: place.patch.setattr(runner, "OUTPUT_LIMIT", 10**6),
+        low_output_limit,
         kept="xxx",
     ),
     # kernel
@@ -264,7 +313,7 @@ FAULTS = [
         7,
         r"could not be started: exit code 1 \(ImportError: no zmq here\)",
         ("--retries", "0"),
-        prepare=lambda place: place.shadow(ipykernel_launcher="raise ImportError('no zmq here')"),
+        prepare=broken_kernel,
     ),
     # time
     Fault(
@@ -307,18 +356,18 @@ FAULTS = [
         ("from IPython.display import HTML; HTML('<script>1</script>')",),
     ),
     # notebook
-    Fault("notebook-missing", 10, r"There is no", prepare=lambda place: place.notebook.unlink()),
+    Fault("notebook-missing", 10, r"There is no", prepare=remove_notebook),
     Fault(
         "notebook-is-a-folder",
         10,
         r"Is a directory",
-        prepare=lambda place: (place.notebook.unlink(), place.notebook.mkdir()),
+        prepare=folder_in_its_place,
     ),
     Fault(
         "notebook-cut",
         10,
         r"not a valid notebook",
-        prepare=lambda place: place.put("study.ipynb", place.notebook.read_bytes()[:300]),
+        prepare=cut_notebook,
     ),
     Fault(
         "notebook-merge-conflict",
@@ -338,14 +387,14 @@ FAULTS = [
         "notebook-write-protected",
         11,
         r"\(study\.ipynb is write-protected\): make it writable .* or write elsewhere by --output",
-        prepare=lambda place: place.notebook.chmod(0o444),
+        prepare=protect_notebook,
     ),
     Fault(
         "folder-read-only",
         11,
         r"Cannot write study\.ipynb in .*results \(results is write-protected\): make it writable",
         ("--output", "results/study.ipynb"),
-        prepare=lambda place: (place.folder / "results").mkdir(0o555),
+        prepare=protected_results,
     ),
     Fault(
         "checkpoints-are-a-file",
@@ -403,9 +452,7 @@ FAULTS = [
         "ctrl-c-while-the-kernel-starts",
         130,
         r"Ended by SIGINT",
-        prepare=lambda place: place.shadow(
-            ipykernel_launcher="open('running', 'w').close()\nimport time\ntime.sleep(300)"
-        ),
+        prepare=slow_kernel,
         during=send("SIGINT"),
     ),
     Fault(
@@ -439,7 +486,7 @@ def place(tmp_path, monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+@pytest.mark.parametrize("fault", FAULTS, ids=[fault.name for fault in FAULTS])
 def test_fault(fault, place, capsys):
     place.write(*fault.cells)
     if fault.prepare:
@@ -465,7 +512,7 @@ def test_fault(fault, place, capsys):
     assert "never retrieved" not in err, said
     assert err.count("error: ") == 1, said
     if fault.after:
-        assert fault.after(place) is not False
+        fault.after(place)
     assert content(place.notebook) == page
     assert tree(place.checkpoints) == checkpoints
     if fault.kept:
