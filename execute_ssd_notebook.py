@@ -1249,11 +1249,11 @@ def find_dataset(job: Job) -> None:
     """Step 2. Failure DATASET."""
     cells = cells_to_run(job.notebook, "fetch")
     folder = job.input_path("DATA_DIR")
-    if "BCCD_DATASET" in job.env and not folder.is_dir():
+    if job.env.get("BCCD_DATASET") and not folder.is_dir():
         why = f"There is no folder {folder}: name a copy of BCCD by --dataset or BCCD_DATASET."
         raise Failure(Exit.DATASET, why)
-    if not cells:
-        job.console.note("no cell is tagged fetch: nothing to do")
+    if not cells or folder is None:
+        job.console.note("the notebook asks for none")
         return
     if is_protected(folder) and not folder.is_dir():  # a checkout that is only read
         folder = job.place / folder.name

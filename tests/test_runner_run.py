@@ -135,6 +135,15 @@ def test_own_images(place, capsys):
     assert place.notebook.read_bytes() == before
 
 
+def test_fetch_cells_without_a_folder_to_fetch_to(place, capsys):
+    """No DATA_DIR, and a variable that is set but empty."""
+    place.env["BCCD_DATASET"] = ""
+    place.write(PARAMETERS, FETCH, "print('ran')")
+    code, out, err = place.call(capsys)
+    assert code == 0, err
+    assert "2 dataset\n  the notebook asks for none\n" in out
+
+
 LONG = """import time
 for i in range(8):
     print('epoch', i, flush=True)
