@@ -22,7 +22,8 @@ import nbformat
 from nbformat import v4
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
 from runner_helpers import nbconvert_in_place  # noqa: E402
 
 KINDS = (
@@ -37,17 +38,17 @@ def write_notebook(path: Path, cells: int, seconds: float) -> None:
     """A notebook of so many code cells; each works for `seconds`."""
     made = [v4.new_markdown_cell("# Benchmark")]
     for number in range(cells):
-        work = f"import time\nend = time.perf_counter() + {seconds}\nwhile time.perf_counter() < end:\n    pass\n"
-        made.append(v4.new_code_cell(work + KINDS[number % len(KINDS)].format(number=number)))
+        work = f"import time\nend = time.perf_counter() + {seconds}\n"
+        work += "while time.perf_counter() < end:\n    pass\n"
+        shown = KINDS[number % len(KINDS)].format(number=number)
+        made.append(v4.new_code_cell(work + shown))
     nbformat.write(v4.new_notebook(cells=made), path)
 
 
 def timed(command: list[str], folder: Path) -> float:
     """Seconds that a command takes; it has to succeed."""
     start = time.perf_counter()
-    subprocess.run(
-        command, cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
     return time.perf_counter() - start
 
 
@@ -60,39 +61,41 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=0.25, help="work of each cell")
     options = parser.parse_args()
-    pairs = []
+    commands = {
+        "plain": nbconvert_in_place("page.ipynb"),
+        "runner": [sys.executable, str(ROOT / "execute_ssd_notebook.py"), "page.ipynb"],
+    }
+    plain_seconds = []
+    runner_seconds = []
+    ratios = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for number in range(options.rounds + 1):
+            order = ["runner", "plain"]
+            if number % 2:
+                order.reverse()
             times = {}
-            order = ["plain", "runner"] if number % 2 else ["runner", "plain"]
             for kind in order:
                 write_notebook(folder / "page.ipynb", options.cells, options.seconds)
-                if kind == "plain":
-                    command = nbconvert_in_place("page.ipynb")
-                else:
-                    command = [sys.executable, str(ROOT / "execute_ssd_notebook.py"), "page.ipynb"]
-                times[kind] = timed(command, folder)
-            if number:  # the first pair warms the disk's cache
-                pairs.append((times["plain"], times["runner"]))
-                share = times["runner"] / times["plain"]
-                print(
-                    f"nbconvert {times['plain']:.2f} s, runner {times['runner']:.2f} s, ratio {share:.3f}"
-                )
-    ratio = statistics.median(runner / plain for plain, runner in pairs)
-    print(
-        json.dumps(
-            {
-                "cells": options.cells,
-                "seconds_per_cell": options.seconds,
-                "rounds": len(pairs),
-                "nbconvert_s": round(statistics.median(plain for plain, _ in pairs), 2),
-                "runner_s": round(statistics.median(runner for _, runner in pairs), 2),
-                "median_ratio": round(ratio, 3),
-                "processors": os.cpu_count(),
-            }
-        )
-    )
+                times[kind] = timed(commands[kind], folder)
+            if number == 0:
+                continue  # the first pair warms the disk's cache
+            ratio = times["runner"] / times["plain"]
+            plain_seconds.append(times["plain"])
+            runner_seconds.append(times["runner"])
+            ratios.append(ratio)
+            said = f"nbconvert {times['plain']:.2f} s, runner {times['runner']:.2f} s"
+            print(f"{said}, ratio {ratio:.3f}", flush=True)
+    result = {
+        "cells": options.cells,
+        "seconds_per_cell": options.seconds,
+        "rounds": len(ratios),
+        "nbconvert_s": round(statistics.median(plain_seconds), 2),
+        "runner_s": round(statistics.median(runner_seconds), 2),
+        "median_ratio": round(statistics.median(ratios), 3),
+        "processors": os.cpu_count(),
+    }
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

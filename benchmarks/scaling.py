@@ -25,7 +25,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
 from compare import peak_gb, quiet_definitions  # noqa: E402
 
 BCCD_TRAIN = 205

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-
 from synthetic_bccd import draw_smear, write_example
 
 OBJECT = re.compile(r"\t<object>.*?</object>\n", re.DOTALL)

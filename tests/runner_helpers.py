@@ -37,7 +37,11 @@ FOREIGN_VARIABLES = ("BCCD_", "VGG16_", "SSD_", "PIP_", "JUPYTER", "MPL", "PYTHO
 
 def environment_without(*prefixes):
     """This process's environment without the variables that begin so."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(prefixes)}
+    kept = {}
+    for name, value in os.environ.items():
+        if not name.startswith(prefixes):
+            kept[name] = value
+    return kept
 
 
 def nbconvert_in_place(path):
@@ -46,36 +50,55 @@ def nbconvert_in_place(path):
     return [sys.executable, "-m", "nbconvert", *options, str(path)]
 
 
-def write_notebook(path, *cells, metadata=None):
-    """Write a notebook of code cells; "## ..." makes a text cell, (tag, source) a tag."""
+def write_notebook(path, *cells, metadata=None, minor=5):
+    """Write a notebook of code cells; "## ..." makes a text cell, (tag, source) a tag.
+
+    minor: of the format 4.minor; cells have ids from 4.5 on.
+    """
     made = []
-    for number, cell in enumerate(cells):
-        if isinstance(cell, tuple):
-            made.append(v4.new_code_cell(cell[1], metadata={"tags": [cell[0]]}))
+    for number, content in enumerate(cells):
+        if isinstance(content, tuple):
+            tag, source = content
+            cell = v4.new_code_cell(source, metadata={"tags": [tag]})
+        elif content.startswith("## "):
+            cell = v4.new_markdown_cell(content)
         else:
-            new = v4.new_markdown_cell if cell.startswith("## ") else v4.new_code_cell
-            made.append(new(cell))
-        made[-1]["id"] = f"cell-{number}"
-    nbformat.write(v4.new_notebook(cells=made, metadata=metadata or {}), path)
+            cell = v4.new_code_cell(content)
+        cell["id"] = f"cell-{number}"
+        if minor < 5:
+            del cell["id"]
+        made.append(cell)
+    notebook = v4.new_notebook(cells=made, metadata=metadata or {}, nbformat_minor=minor)
+    nbformat.write(notebook, path)
     return path
 
 
 def outputs(path):
     """All text that a notebook's cells printed."""
-    cells = nbformat.read(path, as_version=4).cells
-    return "".join(o.get("text", "") for cell in cells for o in cell.get("outputs", []))
+    text = ""
+    for cell in nbformat.read(path, as_version=4).cells:
+        for output in cell.get("outputs", []):
+            text += output.get("text", "")
+    return text
 
 
 def tree(folder):
     """{path: bytes} of every file below a folder."""
-    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            files[path.relative_to(folder)] = path.read_bytes()
+    return files
 
 
 def git_repository(folder):
     """Commit everything in a folder; returns its address."""
-    who = {f"GIT_{r}_{w}": "x@y.z" for r in ("AUTHOR", "COMMITTER") for w in ("NAME", "EMAIL")}
-    for command in (["init", "-q"], ["add", "--all"], ["commit", "-q", "-m", "data"]):
-        subprocess.run(["git", *command], cwd=folder, env={**os.environ, **who}, check=True)
+    env = dict(os.environ)
+    for role in ("AUTHOR", "COMMITTER"):
+        env[f"GIT_{role}_NAME"] = "somebody"
+        env[f"GIT_{role}_EMAIL"] = "x@y.z"
+    for command in ("init -q", "add --all", "commit -q -m data"):
+        subprocess.run(["git", *command.split()], cwd=folder, env=env, check=True)
     return folder.as_uri()
 
 
@@ -89,9 +112,12 @@ class Place:
         self.checkpoints = folder / "checkpoints"
         self.put("checkpoints/best_model.pth", b"the trained weights")
         self.put("checkpoints/metrics.json", '{"map": 0.9}')
-        self.python, self.limit = sys.executable, None  # limit: called in the child at its start
-        kept = environment_without(*FOREIGN_VARIABLES)
-        self.env = {**kept, "OMP_NUM_THREADS": "1", "GIT_CONFIG_NOSYSTEM": "1"}
+        self.python = [sys.executable]
+        self.script = SCRIPT
+        self.limit = None  # called in the child at its start
+        self.env = environment_without(*FOREIGN_VARIABLES)
+        self.env["OMP_NUM_THREADS"] = "1"
+        self.env["GIT_CONFIG_NOSYSTEM"] = "1"
 
     def put(self, name, data):
         """Write a file."""
@@ -112,10 +138,18 @@ class Place:
             if self.limit:
                 self.limit()
 
-        command = [self.python, str(SCRIPT), str(self.notebook), *arguments]
-        kwargs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **kwargs}
-        kwargs |= {"preexec_fn": prepare, "encoding": "utf-8", "errors": "replace"}
-        return subprocess.Popen(command, cwd=self.folder, env=self.env, **kwargs)
+        command = [*self.python, str(self.script), str(self.notebook), *arguments]
+        kwargs.setdefault("stdout", subprocess.PIPE)
+        kwargs.setdefault("stderr", subprocess.PIPE)
+        return subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=self.env,
+            preexec_fn=prepare,
+            encoding="utf-8",
+            errors="replace",
+            **kwargs,
+        )
 
     def run(self, *arguments):
         """Run the script on the notebook to its end, as a process."""
@@ -123,8 +157,8 @@ class Place:
 
     def call(self, capsys, *arguments):
         """The same in this process, which saves its start: (exit code, standard output, error)."""
-        before, here = dict(os.environ), os.getcwd()
-        heard = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        before = dict(os.environ)
+        here = os.getcwd()
         capsys.readouterr()
         try:
             os.environ.clear()
@@ -137,9 +171,8 @@ class Place:
             os.chdir(here)
             os.environ.clear()
             os.environ.update(before)
-            for number, handler in heard.items():
-                signal.signal(number, handler)
-        return (code, *capsys.readouterr())
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
 
     def shadow(self, **files):
         """Put modules before all others on the path of the script and the kernel."""
@@ -157,19 +190,24 @@ class Place:
     def kernels(self):
         """Processes that still work in this folder."""
         found = []
-        for entry in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else ()):
-            with contextlib.suppress(OSError):
-                if (
-                    os.readlink(f"/proc/{entry}/cwd") == str(self.folder)
-                    and int(entry) != os.getpid()
-                ):
+        if not os.path.isdir("/proc"):
+            return found
+        for entry in os.listdir("/proc"):
+            if not entry.isdigit() or int(entry) == os.getpid():
+                continue
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                if os.readlink(f"/proc/{entry}/cwd") == str(self.folder):
                     found.append(int(entry))
         return found
 
     def left_over(self):
         """Files that no run may leave."""
-        names = [p.name for p in (*self.folder.iterdir(), *self.checkpoints.iterdir())]
-        return [n for n in names if n.startswith(".") and not n.endswith(".lock")]
+        found = []
+        for folder in (self.folder, self.checkpoints):
+            for path in folder.iterdir():
+                if path.name.startswith(".") and path.suffix != ".lock":
+                    found.append(path.name)
+        return found
 
 
 def finish(process, timeout=90):

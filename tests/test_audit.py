@@ -5,9 +5,8 @@ import sys
 
 import planting
 import pytest
-from conftest import ROOT
-
 import synthetic_bccd as synthetic
+from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import find_shared_fields as search  # noqa: E402

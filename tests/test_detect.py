@@ -2,13 +2,10 @@
 without a cell.
 """
 
-import json
-
 import golden
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from torchvision import ops
 from torchvision.models.detection import ssd300_vgg16
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
@@ -297,7 +294,10 @@ def test_the_default_boxes_of_torchvision_are_served_too(nb):
 
 def test_the_committed_detector_finds_what_it_found(nb, bccd_root):
     """15 validation images: every stored detection is there again, and no sure one is new."""
-    if nb.fingerprint(nb.load_checkpoint(golden.BEST, "detector")["model"]) != golden.stored()["weights"]:
+    if (
+        nb.fingerprint(nb.load_checkpoint(golden.BEST, "detector")["model"])
+        != golden.stored()["weights"]
+    ):
         pytest.skip("checkpoints/ holds a detector that was trained here: nothing is stored of it")
     stored = golden.stored()["detections"]
     found = golden.detections(nb, bccd_root)

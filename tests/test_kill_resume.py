@@ -1,6 +1,7 @@
 """The notebook's own training under the runner, its kernel killed in the middle: bit for bit the same weights."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,18 +13,16 @@ import pytest
 import torch
 from conftest import NOTEBOOK, ROOT
 from runner_helpers import environment_without
-
 from synthetic_bccd import draw_dataset
 
-STAMP = "ssd_runner"  # where a run of the script stamps the sources
 SETTINGS = {
     "NUM_EPOCHS": "3",
     "BATCH_SIZE": "2",
     "PRECISION": '"float32"',
     "FROZEN_BLOCKS": "5",
     "SAVE_EVERY": "1",
+    "PASSES_PER_EPOCH": "1",
 }
-SETTINGS["PASSES_PER_EPOCH"] = "1"
 
 
 def up_to_training(folder, pictures=True, **more):
@@ -32,19 +31,23 @@ def up_to_training(folder, pictures=True, **more):
     Without `pictures` no cell that only draws is left.
     """
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    end = next(i for i, cell in enumerate(notebook.cells) if cell.source.startswith("## 11. "))
-    del notebook.cells[end:]
-    if not pictures:
-        notebook.cells = [
-            c for c in notebook.cells if c.metadata.get("tags") or "show_figure(" not in c.source
-        ]
-    notebook.metadata.pop(STAMP)
-    cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
-    lines = cell.source.splitlines()
-    for name, value in {**SETTINGS, **more}.items():
-        (row,) = (i for i, line in enumerate(lines) if line.startswith(f"{name} = "))
-        lines[row] = f"{name} = {value}"
-    cell.source = "\n".join(lines)
+    kept = []
+    for cell in notebook.cells:
+        if cell.source.startswith("## 11. "):
+            break
+        only_draws = "show_figure(" in cell.source and not cell.metadata.get("tags")
+        if pictures or not only_draws:
+            kept.append(cell)
+    notebook.cells = kept
+    notebook.metadata.pop("execute_ssd_notebook", None)  # what a run of the script stamps
+    settings = dict(SETTINGS)
+    settings.update(more)
+    for cell in notebook.cells:
+        if "parameters" in cell.metadata.get("tags", ()):
+            for name, value in settings.items():
+                line = re.compile(rf"^{name} = .*$", re.MULTILINE)
+                cell.source, changed = line.subn(f"{name} = {value}", cell.source)
+                assert changed == 1, name
     nbformat.write(notebook, folder / NOTEBOOK.name)
 
 
@@ -72,22 +75,15 @@ def test_a_killed_kernel_ends_with_the_same_weights(tmp_path, vgg_weights):
         folder = tmp_path / name
         folder.mkdir()
         shutil.copy(ROOT / "execute_ssd_notebook.py", folder)
-        shutil.copytree(ROOT / "ssd_runner", folder / "ssd_runner")
         up_to_training(folder, pictures=False)
         command = [sys.executable, "execute_ssd_notebook.py", "--dataset", str(tmp_path / "data")]
         environment = environment_without("BCCD_", "VGG16_", "SSD_")
-        runner = subprocess.Popen(
-            [*command, "--weights", str(vgg_weights)],
-            cwd=folder,
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        command += ["--weights", str(vgg_weights)]
+        pipe = subprocess.PIPE
+        runner = subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, text=True)
         if name == "killed":
-            while (
-                not (folder / "checkpoints" / "ssd300_epoch_1.pth").exists()
-                and runner.poll() is None
-            ):
+            first_epoch = folder / "checkpoints" / "ssd300_epoch_1.pth"
+            while not first_epoch.exists() and runner.poll() is None:
                 time.sleep(0.05)
             os.kill(kernel_of(folder), signal.SIGKILL)
         said, _ = runner.communicate()
@@ -96,9 +92,15 @@ def test_a_killed_kernel_ends_with_the_same_weights(tmp_path, vgg_weights):
         ends[name] = torch.load(folder / "checkpoints" / "last.pth", weights_only=True)
     assert ends["killed"]["epoch"] == ends["undisturbed"]["epoch"] == 3
     for key in ("model", "averaged", "best", "optimizer"):
-        one, two = (torch.utils._pytree.tree_leaves(ends[name][key]) for name in ends)
-        assert len(one) == len(two)
-        for a, b in zip(one, two, strict=True):
-            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, key
-    for one, two in zip(*(end["history"] for end in ends.values()), strict=True):
-        assert all(one[key] == two[key] for key in one if key.startswith(("train_", "val_")))
+        killed = torch.utils._pytree.tree_leaves(ends["killed"][key])
+        undisturbed = torch.utils._pytree.tree_leaves(ends["undisturbed"][key])
+        for one, other in zip(killed, undisturbed, strict=True):
+            if isinstance(one, torch.Tensor):
+                assert torch.equal(one, other), key
+            else:
+                assert one == other, key
+    histories = zip(ends["killed"]["history"], ends["undisturbed"]["history"], strict=True)
+    for one, other in histories:
+        for key in one:
+            if key.startswith(("train_", "val_")):
+                assert one[key] == other[key], key

@@ -5,9 +5,9 @@ A number that comes from metrics.json is followed by a comment with its path the
 stands in double quotes.
 
 A run of the page writes metrics.json anew, on whatever processor it runs, and processors round
-differently: a score moves in its seventh digit, two detections of almost the same score change
-places, and a figure moves in its fourth. MOVES has how far; `python benchmarks/rounding.py` measures
-it. Times and speeds belong to a machine and are not compared at all.
+differently: a score moves in its sixth digit, and now and then a figure moves by a step. MOVES has
+how far that may be; `python benchmarks/rounding.py` measures it. Times and speeds belong to a machine
+and are not compared at all.
 """
 
 import json
@@ -22,6 +22,18 @@ READMES = {"README.md": "Results", "README.ru.md": "Результаты"}
 MARKED = re.compile(
     r"(?P<number>[-−]?\d+(?:[.,]\d+)?)(?P<percent>\s?%)?\**<!--\s*m:(?P<path>[^>]+?)\s*-->"
 )
+# How far rounding may move a figure. With other instruction sets and one thread none moved at all in
+# its four digits, but each can only move by steps, and another processor may take one: a box whose
+# overlap lies at one of ten thresholds is worth 1 / (10 * 69 * 3) of mAP where it is one of 69
+# platelets, a count that is rounded up instead of down one of 57 images. Eight-bit sums saturate on
+# processors without VNNI, which none was: the int8 copy may lose there what it may lose at all.
+MOVES = {
+    "validation": 0.0005,
+    "test": 0.0005,
+    "test_without_shared_fields": 0.0005,
+    "counting": 0.018,
+    "export": 0.002,
+}
 OF_A_MACHINE = ("speed_ms_an_image", "training.minutes", "training.peak_memory_gb")
 # in a table of results: a decimal number or a percentage that no comment follows
 UNMARKED = re.compile(r"(?<![\w.,@:\[])\d+(?:[.,]\d+\s?%?|\s?%)(?![\w.,:\]])(?!\**<!--)")
@@ -57,8 +69,8 @@ def metrics():
 
 def allowed_move(path):
     """How far another processor's rounding may move the figure at a path."""
-    words = path.split(".")
-    return max((move for kind, move in MOVES.items() if kind in words), default=0.0)
+    part = path.split(".")[0]
+    return MOVES.get(part, 0.0)
 
 
 @pytest.mark.parametrize("name", READMES)
@@ -83,10 +95,10 @@ def test_numbers_are_those_of_metrics_json(name, metrics):
 
 
 def test_rounding_allows_for_rounding_and_no_more():
-    """The README's figures would not pass for those of another training."""
-    assert allowed_move("test.map_50") < 0.002
+    """The README's figures would not pass for those of another training: seeds differ by 0.004."""
+    assert allowed_move("test.map_50") < 0.001
     assert allowed_move("training.epochs") == 0.0
-    assert allowed_move("counting.RBC.count_mae") < 0.1
+    assert allowed_move("counting.RBC.count_mae") < 0.02
 
 
 @pytest.mark.parametrize(("name", "heading"), READMES.items())
@@ -112,23 +124,19 @@ def test_what_it_points_to_exists(name):
 
 @pytest.mark.parametrize("name", READMES)
 def test_options_that_it_names_exist(name):
-    """Every option in a command of the runner or of synthetic_bccd.py is one that the script has."""
-    files = {
-        "execute_ssd_notebook.py": "ssd_runner/console.py",
-        "synthetic_bccd.py": "synthetic_bccd.py",
-    }
-    sources = {script: (ROOT / file).read_text() for script, file in files.items()}
+    """Every option in a command of the runner is one that the script has."""
+    script = "execute_ssd_notebook.py"
+    source = (ROOT / script).read_text(encoding="utf-8")
     seen = 0
     for line in text(name).splitlines():
-        for script, source in sources.items():
-            if f"python {script}" in line or f"uv run {script}" in line:
-                command = line.split(script, 1)[1].split("#")[0].split("`")[0].split("|")[0]
-                for word in shlex.split(command, posix=False):
-                    if word.startswith("-"):
-                        seen += 1
-                        assert f'"{word.split("=")[0]}"' in source, (
-                            f"{name}: {script} has no {word}"
-                        )
+        if f"python {script}" not in line and f"uv run {script}" not in line:
+            continue
+        command = line.split(script, 1)[1].split("#")[0].split("`")[0].split("|")[0]
+        for word in shlex.split(command, posix=False):
+            if word.startswith("-"):
+                seen += 1
+                option = word.split("=")[0]
+                assert f'"{option}"' in source, f"{name}: {script} has no {word}"
     assert seen
 
 

@@ -1,17 +1,26 @@
 """The parts of the runner that need no kernel: checklist, cleaning, parameters, options."""
 
+import ast
 import copy
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import pytest
 from nbformat import v4
 from runner_helpers import DATA, PARAMETERS, ROOT, SCRIPT, Place, write_notebook
 
-from ssd_runner import packages, page, plan
-from ssd_runner.console import Failure
+import execute_ssd_notebook as runner
+
+
+def stamp(notebook):
+    """Stamp a notebook as a run does."""
+    notebook.metadata[runner.STAMP] = {
+        "source_sha256": runner.source_digest(notebook),
+        "outputs_sha256": runner.outputs_digest(notebook),
+    }
 
 
 def executed(count=4):
@@ -22,63 +31,98 @@ def executed(count=4):
         source = f"print({number})"
         cells.append(v4.new_code_cell(source, execution_count=number, outputs=[output]))
     notebook = v4.new_notebook(cells=cells)
-    notebook.metadata[page.STAMP] = {"source_sha256": page.source_digest(notebook)}
+    stamp(notebook)
     return notebook
 
 
 def verdicts(notebook, size=1000, folder=ROOT, draft=False):
     """Verdicts other than "ok", by the last word of the line's name."""
-    lines = page.check(notebook, size, folder, draft, "failure")
-    return {name.split()[-1]: verdict for name, verdict, _ in lines if verdict != "ok"}
+    found = {}
+    for name, verdict, _ in runner.check_page(notebook, size, folder, draft, "failure"):
+        if verdict != "ok":
+            found[name.split()[-1]] = verdict
+    return found
 
 
-def shown(**data):
-    """A rich output; __ stands for / in the names."""
-    data = {kind.replace("__", "/"): value for kind, value in data.items()}
-    return v4.new_output("display_data", data=data)
+def measured(notebook):
+    """What was measured, by the line's name."""
+    found = {}
+    for name, _, text in runner.check_page(notebook, 1000, ROOT, False, "failure"):
+        found[name] = text
+    return found
 
 
-ERROR = v4.new_output("error", ename="E", evalue="", traceback=[])
-WIDGET = {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "0%"}
+# -- the faults of a page, each in one cell of twelve
+
+
+def test_a_good_page():
+    assert verdicts(executed(12)) == {}
 
 
 @pytest.mark.parametrize(
-    ("action", "expected"),
+    ("change", "expected"),
     [
-        (lambda n, last: None, {}),
-        (
-            lambda n, last: last.update(execution_count=None),
-            {"executed": "failure", "order": "failure"},
-        ),
-        (lambda n, last: last.update(execution_count=99), {"order": "failure"}),
-        (lambda n, last: last.update(outputs=[]), {}),  # 11 of 12 are over 90%
-        (lambda n, last: [c.update(outputs=[]) for c in n.cells[-2:]], {"cells": "failure"}),
-        (lambda n, last: last.update(outputs=[ERROR]), {"errors": "failure"}),
-        (lambda n, last: last.update(source="print(0)"), {"code": "failure"}),
-        (lambda n, last: n.metadata.pop(page.STAMP), {"code": "warning"}),
-        (lambda n, last: n.metadata.update(widgets={"application/x": {}}), {"it": "failure"}),
-        (lambda n, last: n.metadata.update(widgets={"application/x": {"state": {}}}), {}),
-        (
-            lambda n, last: last.outputs.append(shown(text__html="<script>1</script>")),
-            {"it": "failure"},
-        ),
-        (lambda n, last: last.outputs.append(shown(text__html="<b>Las Vegas</b>")), {}),
-        (
-            lambda n, last: last.outputs.append(shown(**{"image/svg+xml": "<svg/>"})),
-            {"it": "failure"},
-        ),
-        (lambda n, last: last.outputs.append(shown(**{"image/svg+xml": "", "image/png": "a"})), {}),
-        (
-            lambda n, last: last.outputs.append(shown(**{"application/vnd.plotly.v1+json": {}})),
-            {"it": "failure"},
-        ),
-        (lambda n, last: last.outputs.append(shown(**WIDGET)), {"it": "failure"}),
+        ({"execution_count": None}, {"executed": "failure", "order": "failure"}),
+        ({"execution_count": 99}, {"order": "failure"}),
+        ({"outputs": []}, {}),  # 11 of 12 are over 90%
+        ({"source": "print(0)"}, {"code": "failure"}),
     ],
 )
-def test_each_fault_of_a_page(action, expected):
+def test_faults_of_a_cell(change, expected):
     notebook = executed(12)
-    action(notebook, notebook.cells[-1])
+    notebook.cells[-1].update(change)
     assert verdicts(notebook) == expected
+
+
+def test_two_silent_cells_of_twelve():
+    notebook = executed(12)
+    for cell in notebook.cells[-2:]:
+        cell.outputs = []
+    assert verdicts(notebook) == {"cells": "failure"}
+    assert verdicts(notebook, draft=True) == {"cells": "warning"}
+
+
+def test_an_error():
+    notebook = executed(12)
+    notebook.cells[-1].outputs = [v4.new_output("error", ename="E", evalue="", traceback=[])]
+    assert verdicts(notebook) == {"errors": "failure"}
+    notebook.cells[-1].metadata["tags"] = ["raises-exception"]
+    assert verdicts(notebook) == {}
+    assert measured(notebook)["no errors"] == "0 errors, 1 expected"
+
+
+def test_no_stamp():
+    notebook = executed(12)
+    del notebook.metadata[runner.STAMP]
+    assert verdicts(notebook) == {"code": "warning"}
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ({"text/html": "<script>1</script>"}, {"it": "failure"}),
+        ({"text/html": "<b>Las Vegas</b>"}, {}),
+        ({"image/svg+xml": "<svg/>"}, {"it": "failure"}),
+        ({"image/svg+xml": "", "image/png": "a"}, {}),
+        ({"application/vnd.plotly.v1+json": {}}, {"it": "failure"}),
+        (
+            {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "0%"},
+            {"it": "failure"},
+        ),
+    ],
+)
+def test_what_github_shows(data, expected):
+    notebook = executed(12)
+    notebook.cells[-1].outputs.append(v4.new_output("display_data", data=data))
+    assert verdicts(notebook) == expected
+
+
+def test_widget_metadata():
+    notebook = executed()
+    notebook.metadata["widgets"] = {"application/x": {}}
+    assert verdicts(notebook) == {"it": "failure"}
+    notebook.metadata["widgets"] = {"application/x": {"state": {}}}
+    assert verdicts(notebook) == {}
 
 
 def test_size():
@@ -95,7 +139,8 @@ def test_size():
     ],
 )  # fmt: skip
 def test_machine_paths(text, tmp_path):
-    notebook, folder = executed(), type(tmp_path)("/study/кровь")
+    notebook = executed()
+    folder = type(tmp_path)("/study/кровь")
     notebook.cells[-1].outputs[0]["text"] = text
     assert verdicts(notebook, folder=folder) == {"machine": "failure"}
     assert verdicts(notebook, folder=folder, draft=True) == {"machine": "warning"}
@@ -113,29 +158,160 @@ def test_no_machine_paths(text):
     assert verdicts(notebook) == {}
 
 
+# -- cells that are no code to be executed
+
+
+@pytest.mark.parametrize("source", ["", " ", "\n\n", "\t\n "])
+def test_empty_cells_are_no_code(source):
+    """Not in any line of the checklist, wherever they stand, and not in the digest."""
+    notebook = executed(2)
+    lines = measured(notebook)
+    for place in (0, 2, len(notebook.cells) + 2):
+        notebook.cells.insert(place, v4.new_code_cell(source))
+    assert verdicts(notebook) == {}
+    assert measured(notebook) == lines
+
+
+def test_skipped_cells_are_not_counted():
+    notebook = executed(2)
+    skipped = v4.new_code_cell("import torch", metadata={"tags": ["skip-execution"]})
+    notebook.cells.insert(1, skipped)
+    assert verdicts(notebook) == {}
+    assert measured(notebook)["all code cells executed"] == "2 of 2"
+
+
+def test_outputs_of_a_cell_that_is_not_executed_are_on_the_page_too():
+    notebook = executed(2)
+    tags = {"tags": ["skip-execution"]}
+    output = v4.new_output("stream", name="stdout", text="/home/anna/x")
+    notebook.cells.append(v4.new_code_cell("1", metadata=tags, outputs=[output]))
+    assert verdicts(notebook) == {"machine": "failure"}
+    said = measured(notebook)["no paths of one machine"]
+    assert said == "'/home/anna' in a cell that is not executed"
+
+
+# -- the stamp: other programs keep it and cannot renew it
+
+
+def saved_by_jupyter(notebook):
+    """What Jupyter changes when it saves a page that was not executed again."""
+    notebook.metadata["language_info"] = {"name": "python", "version": "3.99"}
+    notebook.metadata["widgets"] = {}
+    for cell in notebook.cells:
+        cell.metadata["scrolled"] = True
+        cell.metadata["trusted"] = True
+        for output in cell.get("outputs", []):
+            if output.output_type == "display_data":
+                output["metadata"] = {"needs_background": "light"}
+                output["data"]["image/png"] = output["data"]["image/png"].rstrip("\n")
+    notebook.cells.append(v4.new_code_cell(""))
+
+
+def page_with_a_picture():
+    """A stamped page with streams and a picture, after it was written and read again."""
+    notebook = executed(3)
+    picture = v4.new_output("display_data", data={"image/png": "iVBORw0KGgo=\n"})
+    notebook.cells[-1].outputs.append(picture)
+    stamp(notebook)
+    return nbformat.reads(nbformat.writes(notebook), as_version=4)
+
+
+def test_a_page_that_jupyter_saved_is_as_it_was():
+    notebook = page_with_a_picture()
+    saved_by_jupyter(notebook)
+    assert verdicts(notebook) == {}
+
+
+def test_code_edited_after_the_run_fails():
+    notebook = page_with_a_picture()
+    notebook.cells[1].source = "print(2 - 1)"
+    saved_by_jupyter(notebook)
+    assert verdicts(notebook) == {"code": "failure"}
+    assert "edited after the run, run it again" in measured(notebook)["outputs belong to this code"]
+
+
+@pytest.mark.parametrize("key", ["execution", "executionInfo", "ExecuteTime", "papermill"])
+def test_edited_and_executed_elsewhere_with_the_same_outputs_warns(key):
+    """Jupyter, Colab and others note when they executed a cell; our pages carry no such times."""
+    notebook = page_with_a_picture()
+    notebook.cells[1].source = "print(2 - 1)"
+    for cell in notebook.cells:
+        cell.metadata[key] = {"start_time": "2026-11-28T16:49:15"}
+    assert verdicts(notebook) == {"code": "warning"}
+    said = measured(notebook)["outputs belong to this code"]
+    assert "a run of this script renews the stamp" in said
+    clean = runner.cleaned(notebook)
+    assert verdicts(clean) == {}
+    clean.cells[1].source = "print(3 - 2)"
+    assert verdicts(clean) == {"code": "failure"}
+
+
+def test_edited_and_executed_elsewhere_with_other_outputs_warns():
+    notebook = page_with_a_picture()
+    notebook.cells[1].source = "print(10)"
+    notebook.cells[1].outputs[0]["text"] = "10\n"
+    assert verdicts(notebook) == {"code": "warning"}
+
+
+def test_executed_elsewhere_without_an_edit():
+    notebook = page_with_a_picture()
+    notebook.cells[1].outputs[0]["text"] = "another processor\n"
+    notebook.cells[1].metadata["execution"] = {"iopub.status.busy": "2026-11-28T16:49:15"}
+    assert verdicts(notebook) == {}
+
+
+# -- --check as a command
+
+
+def run_check(path, encoding="utf-8"):
+    """The script's --check in a process of its own."""
+    command = [sys.executable, str(SCRIPT), "--check", str(path)]
+    env = {"PYTHONIOENCODING": encoding}
+    return subprocess.run(command, capture_output=True, encoding=encoding, env=env)
+
+
 def test_check_as_a_command(tmp_path):
     """A tick a line with the measured numbers; 9 with one sentence if not; nothing is written."""
     path = tmp_path / "page.ipynb"
     nbformat.write(executed(), path)
-
-    def run(encoding):
-        command = [sys.executable, str(SCRIPT), "--check", str(path)]
-        env = {"PYTHONIOENCODING": encoding}
-        return subprocess.run(command, capture_output=True, encoding=encoding, env=env)
-
-    done = run("utf-8")
+    done = run_check(path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("✓") == 8 and "4 of 4, coverage 100.0%" in done.stdout
+    assert done.stdout.count("✓") == 8
+    assert "4 of 4, coverage 100.0%" in done.stdout
     notebook = executed()
     notebook.cells[-1].source = "print('edited')"
     nbformat.write(notebook, path)
     edited = path.read_bytes()
-    done = run("ascii")
+    done = run_check(path, "ascii")
     assert done.returncode == 9
-    assert done.stdout.count("[x]") == 7 and "[ ] outputs belong to this code" in done.stdout
-    said = r"error: page\.ipynb does not pass: outputs belong to this code: .*run it again\.\n"
+    assert done.stdout.count("[x]") == 7
+    assert "[ ] outputs belong to this code" in done.stdout
+    said = r"error: page\.ipynb does not pass: outputs belong to this code: .*run it again.*\.\n"
     assert re.fullmatch(said, done.stderr)
-    assert path.read_bytes() == edited and [p.name for p in tmp_path.iterdir()] == ["page.ipynb"]
+    assert path.read_bytes() == edited
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("minor", range(6))
+def test_every_format_of_notebooks_is_read(tmp_path, minor):
+    path = write_notebook(tmp_path / "a.ipynb", PARAMETERS, "print(1)", minor=minor)
+    notebook, _ = runner.read_notebook(path)
+    assert notebook.nbformat_minor == minor
+    runner.inject(notebook, {"COUNT": 4})
+    nbformat.validate(notebook)
+    assert ("id" in notebook.cells[1]) == (minor == 5)
+
+
+def test_ids_that_the_format_does_not_know_or_that_it_lacks_are_mended(tmp_path, recwarn):
+    path = write_notebook(tmp_path / "a.ipynb", "print(1)", "print(2)")
+    text = path.read_text()
+    path.write_text(text.replace('"nbformat_minor": 5', '"nbformat_minor": 4'))
+    notebook, _ = runner.read_notebook(path)
+    assert "id" not in notebook.cells[0]
+    path.write_text(re.sub(r'"id": "cell-\d",\s*', "", text))
+    notebook, _ = runner.read_notebook(path)
+    assert notebook.cells[0].id != notebook.cells[1].id
+    assert not recwarn.list
 
 
 # -- clean pages
@@ -151,49 +327,68 @@ def test_check_as_a_command(tmp_path):
     ],
 )
 def test_terminal_text(raw, text):
-    assert page.terminal_text(raw) == text
+    assert runner.terminal_text(raw) == text
     pieces = ""
     for piece in raw:  # as it may arrive, piece by piece
-        pieces = page.joined(pieces, piece)
-    assert page.terminal_text(pieces) == text
+        pieces = runner.joined(pieces, piece)
+    assert runner.terminal_text(pieces) == text
 
 
 def test_a_progress_bar_stays_short():
     text = "before\n"
     for step in range(10_000):
-        text = page.joined(text, f"\rimages: {step:5}/10000")
-    assert page.terminal_text(text) == "before\nimages:  9999/10000" and len(text) < 100
+        text = runner.joined(text, f"\rimages: {step:5}/10000")
+    assert runner.terminal_text(text) == "before\nimages:  9999/10000"
+    assert len(text) < 100
 
 
 def test_clean_notebook(tmp_path):
     notebook = executed(1)
     cell = notebook.cells[-1]
-    cell.outputs = [v4.new_output("stream", name="stdout", text=f"\r{i}%") for i in range(50)]
-    cell.outputs += [
-        v4.new_output("stream", name="stderr", text="w"),
-        v4.new_output("stream", name="stdout", text="end"),
-    ]
+    cell.outputs = []
+    for percent in range(50):
+        cell.outputs.append(v4.new_output("stream", name="stdout", text=f"\r{percent}%"))
+    cell.outputs.append(v4.new_output("stream", name="stderr", text="w"))
+    cell.outputs.append(v4.new_output("stream", name="stdout", text="end"))
     cell.metadata["execution"] = {"iopub.status.busy": "2026-01-01T00:00:00Z"}
-    language = {"name": "python", "version": "3.99"}
-    notebook.metadata.update(widgets={}, language_info=language, kernelspec={"name": "lab"})
+    notebook.metadata["widgets"] = {}
+    notebook.metadata["language_info"] = {"name": "python", "version": "3.99"}
+    notebook.metadata["kernelspec"] = {"name": "lab"}
     untouched = copy.deepcopy(notebook)
-    clean, size = page.write(notebook, tmp_path / "page.ipynb")
-    data = (tmp_path / "page.ipynb").read_bytes()
+    path = tmp_path / "page.ipynb"
+    clean, size = runner.write_page(notebook, path)
+    data = path.read_bytes()
     assert notebook == untouched
-    texts = [(output.name, output.text) for output in clean.cells[-1].outputs]
+    texts = []
+    for output in clean.cells[-1].outputs:
+        texts.append((output.name, output.text))
     assert texts == [("stdout", "49%end"), ("stderr", "w")]
-    assert "execution" not in clean.cells[-1].metadata and "widgets" not in clean.metadata
+    assert "execution" not in clean.cells[-1].metadata
+    assert "widgets" not in clean.metadata
     assert clean.metadata["language_info"] == {"name": "python"}
     assert clean.metadata["kernelspec"]["name"] == "python3"
     nbformat.validate(clean)
-    page.write(clean, tmp_path / "page.ipynb")
-    assert (tmp_path / "page.ipynb").read_bytes() == data and size == len(data)
+    runner.write_page(clean, path)
+    assert path.read_bytes() == data
+    assert size == len(data)
+    assert verdicts(nbformat.read(path, as_version=4)) == {}
+
+
+def test_half_a_character_can_be_written(tmp_path):
+    notebook = executed(1)
+    notebook.cells[-1].outputs[0]["text"] = "a name: \udcf1.jpg"
+    path = tmp_path / "page.ipynb"
+    runner.write_page(notebook, path)
+    page = nbformat.read(path, as_version=4)
+    assert page.cells[-1].outputs[0]["text"] == "a name: \udcf1.jpg"
+    assert verdicts(page) == {}
 
 
 def test_section_titles():
     sources = ["# Study", "## 1. **Setup**", "text", "## 2. Data\ntext\n## 3. `Prior` boxes"]
-    notebook = v4.new_notebook(cells=[v4.new_markdown_cell(source) for source in sources])
-    assert page.titles(notebook) == ["", "1. Setup", "1. Setup", "3. Prior boxes"]
+    cells = [v4.new_markdown_cell(source) for source in sources]
+    titles = runner.section_titles(v4.new_notebook(cells=cells))
+    assert titles == ["", "1. Setup", "1. Setup", "3. Prior boxes"]
 
 
 # -- parameters
@@ -215,8 +410,9 @@ DEFAULTS = {
     ],
 )  # fmt: skip
 def test_overrides(pair, value):
-    result = plan.overrides([pair], DEFAULTS)[pair.partition("=")[0]]
-    assert result == value and type(result) is type(value)
+    result = runner.read_overrides([pair], DEFAULTS)[pair.partition("=")[0]]
+    assert result == value
+    assert type(result) is type(value)
 
 
 @pytest.mark.parametrize(
@@ -226,15 +422,16 @@ def test_overrides(pair, value):
      "EPOCHS", "=3"],
 )  # fmt: skip
 def test_refused_overrides(pair):
-    with pytest.raises(Failure) as failure:
-        plan.overrides([pair], DEFAULTS)
-    assert failure.value.code == 2 and "\n" not in failure.value.sentence
+    with pytest.raises(runner.Failure) as failure:
+        runner.read_overrides([pair], DEFAULTS)
+    assert failure.value.code == 2
+    assert "\n" not in failure.value.sentence
 
 
 def test_parameters_are_read_without_running_them():
     source = "A = 1\nB = 2.5\nC = print('no')\nD = [1, 2]\nE = -1\nif A:\n    F = 1\nx.y = 3"
     cell = v4.new_code_cell(source, metadata={"tags": ["parameters"]})
-    found = plan.constants(v4.new_notebook(cells=[cell]))
+    found = runner.read_constants(v4.new_notebook(cells=[cell]))
     assert found == {"A": 1, "B": 2.5, "C": None, "D": [1, 2], "E": -1}
 
 
@@ -242,14 +439,15 @@ def test_inject_replaces_an_earlier_cell(tmp_path):
     path = write_notebook(tmp_path / "a.ipynb", "print(1)", PARAMETERS, "print(2)")
     notebook = nbformat.read(path, as_version=4)
     for value in (4, 5):
-        plan.inject(notebook, {"COUNT": value, "TITLE": "it's"})
-    tags = [page.tags(cell) for cell in notebook.cells]
+        runner.inject(notebook, {"COUNT": value, "TITLE": "it's"})
+    tags = [runner.tags(cell) for cell in notebook.cells]
     assert tags == [set(), {"parameters"}, {"injected-parameters"}, set()]
     space = {}
     exec(notebook.cells[2].source, space)
-    assert space["COUNT"] == 5 and space["TITLE"] == "it's"
+    assert space["COUNT"] == 5
+    assert space["TITLE"] == "it's"
     nbformat.validate(notebook)
-    plan.inject(notebook, {})
+    runner.inject(notebook, {})
     assert len(notebook.cells) == 3
 
 
@@ -257,24 +455,26 @@ def test_inject_replaces_an_earlier_cell(tmp_path):
 
 
 def test_packages():
-    assert packages.problems(["no-such-module>=1"]) == {
-        "no-such-module>=1": "no-such-module is missing"
-    }
-    assert packages.problems(["packaging>=1", "opencv-python>=4", "pillow>=1"]) == {}
-    (said,) = packages.problems(["packaging>=999"]).values()
-    assert said.endswith("is older than 999")
-    needed, optional = packages.requirements(SCRIPT)
-    assert "torch>=2.5" in needed and "onnx>=1.16" in optional
+    missing = runner.find_problems(["no-such-module>=1"])
+    assert missing == {"no-such-module>=1": "no-such-module is missing"}
+    assert runner.find_problems(["packaging>=1", "opencv-python>=4", "pillow>=1"]) == {}
+    old = runner.find_problems(["packaging>=999"])
+    assert old["packaging>=999"].endswith("is older than 999")
+    needed, optional = runner.read_requirements(SCRIPT)
+    assert "torch>=2.5" in needed
+    assert "onnx>=1.16" in optional
 
 
 def test_exit_codes_and_options_fit_one_screen():
     command = [sys.executable, str(SCRIPT), "--help"]
     text = subprocess.run(command, capture_output=True, text=True).stdout
-    assert len(text.splitlines()) <= 34 and max(map(len, text.splitlines())) <= 100
+    assert len(text.splitlines()) <= 34
+    assert max(map(len, text.splitlines())) <= 100
+    exit_codes = text.partition("Exit codes")[2]
     for code in (*range(13), 129, 130, 143):
-        assert re.search(rf"\b{code}\b", text.partition("Exit codes")[2]), code
-    options = "--check --demo -p --dataset --dataset-url --weights --images --results --output"
-    for option in f"{options} --html --fresh --install --retries --timeout --stall --quiet".split():
+        assert re.search(rf"\b{code}\b", exit_codes), code
+    options = "--check -p --dataset --dataset-url --weights --output --fresh --install"
+    for option in f"{options} --retries --timeout".split():
         assert f"  {option} " in text, option
 
 
@@ -287,19 +487,46 @@ def test_starts_with_the_standard_library_only():
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.strip() == "['execute_ssd_notebook', 'ssd_runner']", done.stderr
+    assert done.stdout.strip() == "['execute_ssd_notebook']", done.stderr
+
+
+def test_an_older_python_can_read_the_script():
+    """It has to get as far as the sentence about its version."""
+    source = SCRIPT.read_text()
+    ast.parse(source, feature_version=(3, 7))
+
+
+def test_an_older_python_is_told(monkeypatch, capsys):
+    def python_version():
+        return "3.9.18"
+
+    monkeypatch.setattr(sys, "version_info", (3, 9, 18))
+    monkeypatch.setattr("platform.python_version", python_version)
+    for arguments in ([], ["--check"], ["--help"]):
+        assert runner.main(arguments) == 3
+        said = capsys.readouterr().err
+        assert said == "error: needs Python 3.10 or newer, this is 3.9.18\n"
+
+
+def test_older_pythons_that_are_here(tmp_path):
+    said = re.compile(r"error: needs Python 3\.10 or newer, this is 3\.\d\.\d+\n")
+    for python in Path.home().glob(".pyenv/versions/3.[6-9].*/bin/python"):
+        command = [str(python), str(SCRIPT)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 3
+        assert said.fullmatch(done.stderr), done.stderr
 
 
 def test_a_run_with_overrides_writes_below_runs_alone(tmp_path):
-    """Whatever --output says: checkpoints, results and drawn data stay below runs/."""
-    from execute_ssd_notebook import Console, Signals, read_options
-
+    """Whatever --output says: checkpoints and results stay below runs/."""
     place = Place(tmp_path / "study")
     place.write(PARAMETERS, DATA)
     for output in ("../elsewhere/page.ipynb", "page.ipynb", "runs/page.ipynb", "runs/a/page.ipynb"):
         path = str(place.folder / output)
-        options = read_options([str(place.notebook), "--demo", "--output", path], "")
-        job = plan.Job(options, Console(quiet=True), Signals())
-        folder = "runs/a" if "/a/" in output else "runs/page"
+        arguments = [str(place.notebook), "-p", "COUNT=4", "--output", path]
+        options = runner.read_options(arguments)
+        job = runner.Job(options, runner.Console(), runner.Signals())
+        folder = "runs/page"
+        if "/a/" in output:
+            folder = "runs/a"
         assert job.values["CHECKPOINT_DIR"] == f"{folder}/checkpoints"
-        assert job.values["DATA_DIR"] == f"{folder}/BCCD_Dataset"

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from runner_helpers import DATA, FETCH, PARAMETERS, Place, nbconvert_in_place, outputs, tree
 
-import synthetic_bccd
+import execute_ssd_notebook as runner
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -37,7 +37,7 @@ def test_published_page(place, capsys):
     place.env["IPYTHONDIR"] = str(place.folder / "ipython")  # the user's own
     place.put("ipython/profile_default/startup/00.py", "colour = 'mine'")
     checkpoints = tree(place.checkpoints)
-    result = place.run("--html")
+    result = place.run()
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     first = place.notebook.read_bytes()
@@ -51,12 +51,12 @@ def test_published_page(place, capsys):
     assert code[1].outputs[0].text == "95%"
     assert code[2].outputs[0].text == "module://matplotlib_inline.backend_inline False\n"
     assert code[3].outputs[0].data["text/plain"] == "'second'"
-    assert set(notebook.metadata) == {"kernelspec", "language_info", "ssd_runner"}
-    assert (place.folder / "study.html").stat().st_size > 1000
-    assert tree(place.checkpoints) == checkpoints and place.left_over() == []
+    assert set(notebook.metadata) == {"kernelspec", "language_info", "execute_ssd_notebook"}
+    assert tree(place.checkpoints) == checkpoints
+    assert place.left_over() == []
     assert not (place.folder / "study.partial.ipynb").exists()
 
-    assert place.call(capsys, "--quiet") == (0, "", "")
+    assert place.call(capsys)[0] == 0
     assert place.notebook.read_bytes() == first
     assert place.call(capsys, "--check")[0] == 0
 
@@ -84,10 +84,8 @@ def test_options_reach_the_kernel(place, capsys):
     place.put("data/BCCD/x", "")
     place.put("w.pth", "weights")
     names = "SSD_TRAINING BCCD_DATASET BCCD_URL VGG16_WEIGHTS SSD_STAGING SSD_NO_INSTALL".split()
-    source = (
-        DATA[1]
-        + "\nVGG16_WEIGHTS = ''\nTRAINING = 'auto'\nCHECKPOINT_DIR = 'checkpoints'\nTRAINING"
-    )
+    source = DATA[1]
+    source += "\nVGG16_WEIGHTS = ''\nTRAINING = 'auto'\nCHECKPOINT_DIR = 'checkpoints'\nTRAINING"
     place.write(
         ("parameters", source),
         FETCH,
@@ -128,37 +126,22 @@ def test_own_images(place, capsys):
     before = place.notebook.read_bytes()
     place.put("mine/one.PNG", "x")
     page = place.folder / "runs" / "images" / "study.ipynb"
-    for options, results in (((), "runs/images/results"), (("--results", "found"), "found")):
-        code, out, err = place.call(capsys, "--images", "mine", *options)
-        assert code == 0, err
-        assert outputs(page).endswith(f"9 ['one.PNG'] checkpoints {results}\n")
+    code, out, err = place.call(capsys, "--images", "mine")
+    assert code == 0, err
+    assert outputs(page).endswith("9 ['one.PNG'] checkpoints runs/images/results\n")
+    code, out, err = place.call(capsys, "--images", "mine", "--results", "found")
+    assert code == 0, err
+    assert outputs(page).endswith("9 ['one.PNG'] checkpoints found\n")
     assert place.notebook.read_bytes() == before
 
 
-def test_demo_draws_its_data(place, capsys, monkeypatch):
-    """The whole notebook over drawn smears, under runs/demo, with the note on its pages."""
-    source = (
-        "DATA_DIR = 'BCCD_Dataset'\nDATASET_URL = ''\nCHECKPOINT_DIR = 'checkpoints'\n"
-        "TRAINING = 'auto'\nNUM_EPOCHS = 50\nFINETUNE_FROM = ''\nDATA_NOTE = ''\nTRAINING"
-    )
-    place.write(
-        ("parameters", source),
-        "print(DATA_DIR, CHECKPOINT_DIR, TRAINING, NUM_EPOCHS, FINETUNE_FROM, DATA_NOTE)",
-        "import os\nprint(len(os.listdir(DATA_DIR + '/BCCD/JPEGImages')), "
-        "os.environ.get('BCCD_DATASET'))",
-    )
-    place.env["BCCD_DATASET"] = "/somewhere/real"
-    draw = synthetic_bccd.draw_dataset
-    monkeypatch.setattr(synthetic_bccd, "draw_dataset", lambda folder: draw(folder, 2, 1, 1))
-    checkpoints = tree(place.checkpoints)
-    code, out, err = place.call(capsys, "--demo", "-p", "NUM_EPOCHS=1")
+def test_fetch_cells_without_a_folder_to_fetch_to(place, capsys):
+    """No DATA_DIR, and a variable that is set but empty."""
+    place.env["BCCD_DATASET"] = ""
+    place.write(PARAMETERS, FETCH, "print('ran')")
+    code, out, err = place.call(capsys)
     assert code == 0, err
-    said = outputs(place.folder / "runs" / "demo" / "study.ipynb")
-    folders = "runs/demo/BCCD_Dataset runs/demo/checkpoints"
-    assert f"{folders} fresh 1 checkpoints/best_model.pth Drawn smears: no result" in said
-    assert "4 None" in said
-    assert "nothing that this run shows is a result" in out
-    assert tree(place.checkpoints) == checkpoints
+    assert "2 dataset\n  the notebook asks for none\n" in out
 
 
 LONG = """import time
@@ -172,9 +155,7 @@ for i in range(4):
 
 def test_plain_lines_of_a_long_cell(place, capsys, monkeypatch):
     """Lines of a long cell come as they are printed, a progress bar now and then."""
-    from ssd_runner import kernel
-
-    monkeypatch.setattr(kernel, "SILENT_SECONDS", 0.6)
+    monkeypatch.setattr(runner, "SILENT_SECONDS", 0.6)
     place.write("print('quick one')", "## 10. Training", LONG)
     code, out, err = place.call(capsys)
     assert code == 0, err
@@ -223,3 +204,78 @@ def test_jupyters_own_run_passes_the_check(place, capsys):
     code, out, err = place.call(capsys, "--check")
     assert code == 0, err
     assert "! outputs belong to this code" in out and "no digest" in out
+
+
+def test_a_page_that_jupyter_ran_again_passes_the_check(place, capsys):
+    """Published, edited, run again by nbconvert: it warns; a run of the script renews the stamp."""
+    place.write("print(1)", "2")
+    assert place.call(capsys)[0] == 0
+    page = nbformat.read(place.notebook, as_version=4)
+    page.cells[0].source = "print('changed')"
+    page.cells.append(nbformat.v4.new_code_cell(""))
+    nbformat.write(page, place.notebook)
+    code, out, err = place.call(capsys, "--check")
+    assert code == 9
+    assert "the code was edited after the run, run it again by this script" in err
+    command = nbconvert_in_place(place.notebook)
+    subprocess.run(command, cwd=place.folder, env=place.env, capture_output=True, check=True)
+    code, out, err = place.call(capsys, "--check")
+    assert code == 0, err
+    assert re.search(r"! outputs belong to this code .* a run of this script renews the stamp", out)
+    assert place.call(capsys)[0] == 0
+    code, out, err = place.call(capsys, "--check")
+    assert code == 0, err
+    assert "!" not in out
+
+
+@pytest.mark.parametrize("minor", [0, 2, 4])
+def test_older_formats_with_overrides(place, capsys, minor):
+    """Colab, classic Jupyter and VS Code save them; cells have no ids there."""
+    data = (
+        "from IPython.display import display\ndisplay({'application/json': {'a': [1]}}, raw=True)"
+    )
+    place.write(PARAMETERS, "print('COUNT is', COUNT)", data, minor=minor)
+    code, out, err = place.call(capsys, "-p", "COUNT=5")
+    assert code == 0, err
+    page = place.folder / "runs" / "custom" / "study.ipynb"
+    assert outputs(page).endswith("COUNT is 5\n")
+    notebook = nbformat.read(page, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.nbformat_minor == minor
+    code, out, err = place.call(capsys)
+    assert code == 0, err
+
+
+def test_cells_that_are_not_code_to_be_executed(place, capsys):
+    """Empty and skipped cells count nowhere, an expected error is none; a run and --check agree."""
+    place.write(
+        "",
+        ("raises-exception", "1 / 0"),
+        " \n",
+        ("skip-execution", "raise RuntimeError('takes hours')"),
+        "print('goes on')",
+        "",
+    )
+    for arguments in ((), ("--check",)):
+        code, out, err = place.call(capsys, *arguments)
+        assert code == 0, out + err
+        assert "all code cells executed                     2 of 2" in out
+        assert "2 of 2, coverage 100.0%" in out
+        assert "0 errors, 1 expected" in out
+        assert "executed in order                           1 to 2" in out
+    notebook = nbformat.read(place.notebook, as_version=4)
+    counts = [cell.execution_count for cell in notebook.cells]
+    assert counts == [None, 1, None, None, 2, None]
+
+
+def test_outputs_of_a_skipped_cell_are_kept(place, capsys):
+    """As nbclient does: somebody has executed it once, and it takes hours."""
+    place.write(("skip-execution", "train()"), "print('now')")
+    page = nbformat.read(place.notebook, as_version=4)
+    kept = nbformat.v4.new_output("stream", name="stdout", text="trained\n")
+    page.cells[0].outputs = [kept]
+    page.cells[0].execution_count = 7
+    nbformat.write(page, place.notebook)
+    code, out, err = place.call(capsys)
+    assert code == 0, err
+    assert outputs(place.notebook) == "trained\nnow\n"

@@ -5,11 +5,10 @@ import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
+import synthetic_bccd as synthetic
 import torch
 from conftest import ROOT
 from PIL import Image
-
-import synthetic_bccd as synthetic
 
 SIZE = "<size><width>640</width><height>480</height><depth>3</depth></size>"
 

@@ -1,7 +1,4 @@
-#!/usr/bin/env python3
-"""Draw labelled blood smears that look like BCCD's, in BCCD's own folder layout.
-
-    python synthetic_bccd.py OUT --train 48 --val 16 --test 16 --seed 0
+"""Draw labelled blood smears that look like BCCD's, in BCCD's own folder layout: data for the tests.
 
 The boxes are exact (the extent of what was drawn, clipped by the border), the same seed gives the same bytes, and
 nothing is downloaded. Drawn smears exercise the code; what a detector reaches on them says nothing about blood.
@@ -14,10 +11,7 @@ so that everything that is seen has a box.
 
 from __future__ import annotations
 
-import argparse
 import math
-import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -30,8 +24,6 @@ RBC, WBC, PLATELET = 1, 2, 3  # labels; 0 is the background
 
 SIZE = (640, 480)  # width, height of a BCCD image
 JPEG_QUALITY = 92
-NOTE_FILE = "DRAWN_SMEARS.txt"  # marks a folder as written here, so that it may be replaced
-NOTE = "These smears were drawn by synthetic_bccd.py. They are no photographs, and results on them are no results.\n"
 
 # light that passes the empty field, and the stain of each substance: -ln(colour / background)
 BACKGROUND = np.array([203.0, 207.0, 204.0])
@@ -371,11 +363,10 @@ def draw_dataset(
 
     root/BCCD/{Annotations,JPEGImages}/Smear_NNNNN.{xml,jpg} and root/BCCD/ImageSets/Main/{train,val,test,trainval}.txt.
     The same arguments give the same bytes (with the same numpy and pillow), and a smear does not depend on how many
-    others are drawn. A folder drawn before is replaced.
+    others are drawn.
 
     train, val, test: numbers of images. class_names: names for red cells, white cells and platelets, in this order.
-    Raises ValueError for a negative number or not three different names, FileExistsError where `root` holds
-    something that this function did not write.
+    Raises ValueError for a negative number or not three different names, FileExistsError where `root` exists.
     """
     root = Path(root)
     if len(class_names) != 3 or len(set(class_names)) != 3:
@@ -384,12 +375,7 @@ def draw_dataset(
     for split, number in numbers.items():
         if number < 0:
             raise ValueError(f"{split}: {number} images cannot be drawn")
-    if root.exists():
-        if not root.is_dir() or (any(root.iterdir()) and not (root / NOTE_FILE).is_file()):
-            raise FileExistsError(f"{root} holds something else: choose a new folder, or remove it")
-        shutil.rmtree(root)
     root.mkdir(parents=True)
-    (root / NOTE_FILE).write_bytes(NOTE.encode("utf-8"))
     bccd, splits, serial = root / "BCCD", {}, 0
     for folder in ("JPEGImages", "Annotations"):
         (bccd / folder).mkdir(parents=True)
@@ -403,45 +389,3 @@ def draw_dataset(
             serial += 1
     write_splits(bccd, splits)
     return root
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line: draw a dataset, print what was written; 0 if all went well, 2 if not."""
-    parser = argparse.ArgumentParser(
-        description="Draw labelled blood smears in BCCD's folder layout."
-    )
-    parser.add_argument(
-        "out", metavar="OUT", help="folder to write; one that was drawn before is replaced"
-    )
-    parser.add_argument("--train", type=int, default=48, help="training images (default 48)")
-    parser.add_argument("--val", type=int, default=16, help="validation images (default 16)")
-    parser.add_argument("--test", type=int, default=16, help="test images (default 16)")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes (default 0)")
-    parser.add_argument(
-        "--class-names",
-        nargs=3,
-        default=list(CLASS_NAMES),
-        metavar=("RED", "WHITE", "PLATELET"),
-        help="other names",
-    )
-    options = parser.parse_args(arguments)
-    try:
-        root = draw_dataset(
-            options.out,
-            options.train,
-            options.val,
-            options.test,
-            options.seed,
-            tuple(options.class_names),
-        )
-    except (ValueError, OSError) as error:
-        print(f"synthetic_bccd: {error}", file=sys.stderr)
-        return 2
-    print(
-        f"{options.train} training, {options.val} validation and {options.test} test smears drawn in {root}"
-    )
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,1 +1,0 @@
-"""The steps of execute_ssd_notebook.py, one file each, and what they share."""
