@@ -44,10 +44,12 @@ import concurrent.futures
 import contextlib
 import csv
 import dataclasses
+import functools
 import hashlib
 import html
 import io
 import json
+import logging
 import math
 import multiprocessing
 import multiprocessing.connection
@@ -59,6 +61,7 @@ import tempfile
 import threading
 import time
 import urllib.parse
+import warnings
 import xml.etree.ElementTree as ElementTree
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -72,6 +75,7 @@ from tqdm import tqdm
 VERSION = "1.0"
 FORMAT_VERSION = 1  # of the metadata in the model's file
 METADATA_KEY = "count_cells"
+PROGRAM_FOLDER = Path(__file__).resolve().parent
 MODEL_NAMES = ("ssd300_int8.onnx", "ssd300.onnx")  # looked for in this order
 
 MAX_PIXELS = 500_000_000  # larger pictures are refused: 20,000 x 20,000 has 400 million
@@ -117,16 +121,7 @@ class PictureError(CountError):
 # Reading pictures: any format and depth -> (height, width, 3) uint8 RGB, upright
 # --------------------------------------------------------------------------------------
 
-ORIENTATION_TAG = 0x0112
-TRANSPOSITIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+ORIENTATION_TAG = 0x0112  # of EXIF: 1 upright, to 8
 FULL_SCALES = (255, 1023, 4095, 16383, 65535)  # white of 8, 10, 12, 14 and 16 bits
 
 SIGNATURES = (  # how files begin that are pictures whatever their ending
@@ -209,14 +204,13 @@ def full_scale(values):
     if sample.size == 0:
         return 1.0
     bright = float(np.percentile(sample, 99))
-    candidates = FULL_SCALES
-    if values.dtype.kind == "f":
-        candidates = (1, *FULL_SCALES)
     white = bright
-    for candidate in candidates:
+    for candidate in FULL_SCALES:
         if bright <= candidate:
             white = candidate
             break
+    if values.dtype.kind == "f" and bright <= 1:
+        white = 1
     if bright < 0.6 * white:
         white = bright / 0.85
     return max(white, 1e-6)
@@ -267,7 +261,7 @@ def orientation_of(image):
         value = image.getexif().get(ORIENTATION_TAG, 1)
     except Exception:  # damaged EXIF fails in many ways and costs no picture
         return 1
-    return value if value in TRANSPOSITIONS else 1
+    return value if value in range(1, 9) else 1
 
 
 def number_of_pages(image):
@@ -284,10 +278,33 @@ def is_deep_colour(image):
     return image.mode in ("RGB", "RGBA", "LA") and ";16" in raw_mode
 
 
-def flatten_transparency(image):
-    """A Pillow image on white, where it is transparent."""
-    canvas = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(canvas, image.convert("RGBA"))
+def upright(pixels, orientation):
+    """Pixels (H, W, ...) as EXIF's orientation says they are to be seen; a view."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels
+
+
+def rgb_pixels(image):
+    """A Pillow image as (H, W, 3) uint8; on white where it is transparent.
+
+    Strip by strip: of a large picture only one copy is made.
+    """
+    width, height = image.size
+    transparent = image.has_transparency_data
+    pixels = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, 512):
+        bottom = min(top + 512, height)
+        strip = image.crop((0, top, width, bottom))
+        if transparent:
+            white = Image.new("RGBA", strip.size, "white")
+            strip = Image.alpha_composite(white, strip.convert("RGBA"))
+        pixels[top:bottom] = np.asarray(strip.convert("RGB"))
+    return pixels
 
 
 def read_with_opencv(source):
@@ -326,16 +343,20 @@ def read_with_pillow(source):
         image.load()
         orientation = orientation_of(image)
         if deep:
-            image = Image.fromarray(to_eight_bits(read_with_opencv(source)))
+            pixels = as_rgb(read_with_opencv(source))
         elif image.mode[0] in "IF":
-            image = Image.fromarray(to_eight_bits(np.asarray(image)))
-        elif image.has_transparency_data:
-            image = flatten_transparency(image)
-        if image.mode != "RGB":
-            image = image.convert("RGB")
-        if orientation != 1:
-            image = image.transpose(TRANSPOSITIONS[orientation])
-        return np.asarray(image), pages
+            pixels = as_rgb(np.asarray(image))
+        else:
+            pixels = rgb_pixels(image)
+    return upright(pixels, orientation), pages
+
+
+def as_rgb(values):
+    """Values of any depth, (H, W) or (H, W, 3 or more), as (H, W, 3) uint8."""
+    pixels = to_eight_bits(values)
+    if pixels.ndim == 2:
+        return np.repeat(pixels[..., None], 3, axis=2)
+    return pixels[..., :3]
 
 
 def needs_tifffile(page):
@@ -344,6 +365,17 @@ def needs_tifffile(page):
     bits = page.bitspersample
     bits = max(bits) if isinstance(bits, tuple) else bits
     return separate or bits > 8
+
+
+def has_channel_pages(tiff):
+    """Whether the pages of a TIFF are red, green and blue, as OME and ImageJ write them."""
+    try:
+        series = tiff.series[0]
+        if "C" not in series.axes or len(series.pages) < 3:
+            return False
+        return series.shape[series.axes.index("C")] in (3, 4)
+    except Exception:  # damaged descriptions: the first page is read by itself
+        return False
 
 
 def check_that_it_is_whole(tiff, page):
@@ -385,9 +417,8 @@ def read_with_tifffile(source, tiff):
     check_that_it_is_whole(tiff, page)
     pages = 1
     try:
-        series = tiff.series[0]
-        channels_are_pages = "C" in series.axes and len(series.pages) > 1
-        if channels_are_pages and series.sizes["C"] in (3, 4):
+        if has_channel_pages(tiff):
+            series = tiff.series[0]
             values, pages = channels_last(series.asarray(), series.axes)
         else:
             values, _ = channels_last(page.asarray(), page.axes)
@@ -402,21 +433,16 @@ def read_with_tifffile(source, tiff):
             ) from None
         values = read_with_opencv(source)
     if page.photometric == 0:  # white is zero
-        values = values.max() - values
+        white = np.iinfo(values.dtype).max if values.dtype.kind == "u" else values.max()
+        values = white - values
     if values.ndim == 3 and values.shape[2] == 4:
         has_alpha = bool(page.extrasamples) and int(page.extrasamples[0]) != 0
         if has_alpha and values.dtype.kind == "u":
             values = on_white(values[..., :3], values[..., 3])
     if values.ndim == 3 and values.shape[2] == 2:
         values = values[..., 0]
-    image = to_eight_bits(values)
-    if image.ndim == 2:
-        image = np.repeat(image[..., None], 3, axis=2)
     orientation = page.tags.valueof(ORIENTATION_TAG, 1)
-    image = Image.fromarray(np.ascontiguousarray(image[..., :3]))
-    if orientation in TRANSPOSITIONS:
-        image = image.transpose(TRANSPOSITIONS[orientation])
-    return np.asarray(image), pages
+    return upright(as_rgb(values), orientation), pages
 
 
 def read_tiff(source):
@@ -429,7 +455,7 @@ def read_tiff(source):
     with tiff:
         if len(tiff.pages) == 0:
             raise PictureError("it has no page")
-        if needs_tifffile(tiff.pages.first):
+        if needs_tifffile(tiff.pages.first) or has_channel_pages(tiff):
             return read_with_tifffile(source, tiff)
     return read_with_pillow(source)
 
@@ -486,6 +512,8 @@ def picture_size(path):
         with without_pillows_limit(), Image.open(path) as image:
             width, height = image.size
             orientation = orientation_of(image)
+            if image.format == "TIFF":  # Pillow has turned its size
+                orientation = 1
     except Exception:  # whoever reads the picture says what is wrong
         return tiff_size(path)
     if orientation >= 5:
@@ -734,6 +762,7 @@ def pad_picture(image, width, height):
     if not (below or right):
         return image
     colour = np.median(image[::4, ::4], (0, 1)).tolist()
+    image = np.ascontiguousarray(image)
     return cv2.copyMakeBorder(image, 0, below, 0, right, cv2.BORDER_CONSTANT, value=colour)
 
 
@@ -768,34 +797,66 @@ def find_in_tile(find, image, tile, width, height):
     corner = np.array([x, y, x, y], np.float32)
     limit = np.array([width, height, width, height], np.float32)
     cells["boxes"] = np.minimum(cells["boxes"] + corner, limit)
-    return take({**cells, "cut": may_be_part}, ~is_strip)
+    cells["cut"] = may_be_part
+    return take(cells, ~is_strip)
 
 
 def merit_order(cells, cut):
     """Indices of the cells by merit: whole ones by score, then parts by area, and last
     those that are hardly cells, by score.
     """
-    areas = box_areas(cells["boxes"])
-    merits = []
-    for row, score in enumerate(cells["scores"]):
-        if score < SURELY_A_CELL:
-            merits.append((2, -score))
-        elif cut[row]:
-            merits.append((1, -areas[row]))
-        else:
-            merits.append((0, -score))
-    return sorted(range(len(merits)), key=merits.__getitem__)
+    rank = np.where(cut, 1, 0)
+    rank[cells["scores"] < SURELY_A_CELL] = 2
+    merit = np.where(rank == 1, box_areas(cells["boxes"]), cells["scores"])
+    return np.lexsort((-merit, rank)).tolist()
 
 
-def suppress_by_class(boxes, labels, order, max_overlap):
-    """`suppress` within each class, in the order of merit given; indices in that order."""
-    order = np.asarray(order, dtype=np.int64)
+class BoxGrid:
+    """Boxes of one picture by where they lie, so that only near ones are compared.
+
+    The picture is divided into squares; a box stands in every square that it covers.
+    """
+
+    def __init__(self, boxes, labels):
+        self.boxes = boxes
+        self.labels = labels
+        sides = boxes[:, 2:] - boxes[:, :2]
+        side = max(8.0, float(np.median(sides))) if len(boxes) else 8.0
+        self.corners = np.floor(boxes / side).astype(int).tolist()
+        self.members = collections.defaultdict(list)
+
+    def squares(self, row):
+        """The keys of the squares that a box covers, one set for each class."""
+        left, top, right, bottom = self.corners[row]
+        label = int(self.labels[row])
+        for x in range(left, right + 1):
+            for y in range(top, bottom + 1):
+                yield label, x, y
+
+    def add(self, row):
+        """Put a box into its squares."""
+        for square in self.squares(row):
+            self.members[square].append(row)
+
+    def near(self, row):
+        """Boxes of the same class in the squares of a box: indices (k,), without order."""
+        found = set()
+        for square in self.squares(row):
+            found.update(self.members.get(square, ()))
+        return np.array(sorted(found), dtype=np.int64)
+
+
+def suppress_near(boxes, labels, order, max_overlap):
+    """`suppress` within each class, for any number of boxes, in the order of merit."""
+    grid = BoxGrid(boxes, labels)
     kept = []
-    for label in np.unique(labels):
-        mine = order[labels[order] == label]
-        kept.extend(mine[suppress(boxes[mine], max_overlap)].tolist())
-    places = {row: place for place, row in enumerate(order.tolist())}
-    return sorted(kept, key=places.get)
+    for row in order:
+        rivals = grid.near(row)
+        overlap = overlaps(boxes[row : row + 1], boxes[rivals])[0]
+        if not (overlap > max_overlap).any():
+            kept.append(row)
+            grid.add(row)
+    return kept
 
 
 def join_parts(cells, cut, max_overlap):
@@ -808,24 +869,28 @@ def join_parts(cells, cut, max_overlap):
     labels = cells["labels"]
     scores = cells["scores"]
     areas = box_areas(boxes)
-    order = suppress_by_class(boxes, labels, merit_order(cells, cut), max_overlap)
+    parts = BoxGrid(boxes, labels)
+    for row in np.flatnonzero(cut).tolist():
+        parts.add(row)
+    earlier = BoxGrid(boxes, labels)
     joined = boxes.copy()
     kept = []
-    for place, row in enumerate(order):
+    for row in suppress_near(boxes, labels, merit_order(cells, cut), max_overlap):
+        box = boxes[row : row + 1]
+        is_known = False
         if cut[row]:
-            earlier = np.array(order[:place], dtype=np.int64)
-            known = boxes[earlier[labels[earlier] == labels[row]]]
-            shared = intersections(boxes[row : row + 1], known)[0]
-            if (shared > areas[row] / 2).any():
-                continue
-            same_class = labels == labels[row]
-            as_sure = scores >= scores[row] / 2
-            close = overlaps(boxes[row : row + 1], boxes)[0] > max_overlap
-            mates = cut & same_class & as_sure & close
-            mates[row] = True
-            joined[row, :2] = boxes[mates, :2].min(0)
-            joined[row, 2:] = boxes[mates, 2:].max(0)
-        kept.append(row)
+            shared = intersections(box, boxes[earlier.near(row)])[0]
+            is_known = bool((shared > areas[row] / 2).any())
+            if not is_known:
+                mates = parts.near(row)
+                mates = mates[overlaps(box, boxes[mates])[0] > max_overlap]
+                mates = mates[scores[mates] >= scores[row] / 2]
+                together = np.append(mates, row)
+                joined[row, :2] = boxes[together, :2].min(0)
+                joined[row, 2:] = boxes[together, 2:].max(0)
+        earlier.add(row)
+        if not is_known:
+            kept.append(row)
     kept = np.array(kept, dtype=np.int64)
     kept = kept[np.argsort(-scores[kept], kind="stable")]
     return {"boxes": joined[kept], "labels": labels[kept], "scores": scores[kept]}
@@ -848,7 +913,8 @@ def find_in_picture(find, image, field, max_overlap):
     cells = find_in_tiles(find, np.rot90(image), field, max_overlap)
     left, top, right, bottom = cells["boxes"].T
     boxes = np.stack([width - bottom, left, width - top, right], axis=1)
-    return {**cells, "boxes": boxes}
+    cells["boxes"] = boxes
+    return cells
 
 
 def find_in_tiles(find, image, field, max_overlap):
@@ -919,6 +985,10 @@ def try_field(detector, image, field):
     return float(np.median(fitting)), len(fitting) / fields
 
 
+# Fields are tried from 1.5 ** 2 of the whole picture to 1.5 ** -15 of it.
+STEPS = (0, -1, -2, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
+
+
 def find_field(detector, image):
     """The field [width, height] in which a picture's cells are as large as usual, or None.
 
@@ -932,7 +1002,7 @@ def find_field(detector, image):
         return whole
     best_field = None
     most_cells = 0
-    for step in (0, -1, -2, *range(1, 16)):
+    for step in STEPS:
         if step > 6 and best_field is not None:
             break
         field = [round(side * 1.5**-step) for side in whole]
@@ -1036,11 +1106,13 @@ def picture_statistics(image, size):
     """
     pixels = squeeze(image, size)
     grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
-    colour = pixels.max(2).astype(np.float32) - pixels.min(2)
+    red, green, blue = cv2.split(pixels)
+    largest = cv2.max(cv2.max(red, green), blue)
+    smallest = cv2.min(cv2.min(red, green), blue)
     edges = np.abs(cv2.Laplacian(grey, cv2.CV_32F))
     return {
         "brightness": float(np.median(grey)),
-        "colour": float(colour.mean()),
+        "colour": float((largest - smallest).mean()),
         "sharpness": float(edges.mean() / max(grey.std(), 1)),
     }
 
@@ -1069,6 +1141,8 @@ def unlike_remarks(image, field, settings):
         remarks.append("brighter")
     if values["colour"] < 0.4 * measured["colour"][0]:
         remarks.append("less colourful")
+    if values["colour"] > 2.5 * measured["colour"][1]:
+        remarks.append("more colourful")
     if values["sharpness"] < 0.75 * measured["sharpness"][0]:
         remarks.append("less sharp")
     if values["sharpness"] > 2.5 * measured["sharpness"][1]:
@@ -1077,11 +1151,16 @@ def unlike_remarks(image, field, settings):
 
 
 def is_noise(image, settings):
-    """Whether a picture is so grainy as a whole that a search for cells is idle."""
+    """Whether a picture is so grainy that a search for cells is idle: as a whole, and in
+    its middle, since a large smear looks grainy as a whole.
+    """
     if not settings["pictures"]:
         return False
-    values = picture_statistics(image, settings["image_size"])
-    return values["sharpness"] > 6 * settings["pictures"]["sharpness"][1]
+    limit = 6 * settings["pictures"]["sharpness"][1]
+    for part in (cut_middle(image, 2 * settings["image_size"]), image):
+        if picture_statistics(part, settings["image_size"])["sharpness"] <= limit:
+            return False
+    return True
 
 
 class CellCounter:
@@ -1432,7 +1511,7 @@ def draw_cells(image, counted, settings, longest=2000):
     scale = min(1.0, longest / max(height, width))
     if scale < 1:
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
-        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+        image = cv2.resize(np.ascontiguousarray(image), size, interpolation=cv2.INTER_AREA)
     height, width = image.shape[:2]
     band = max(18, width // 26)
     thickness = max(2, width // 400)
@@ -1514,13 +1593,15 @@ class Task:
     """One picture to count.
 
     stamp: [bytes, time of change in ns] of its file, by which the journal knows it again.
-    field: the [width, height] that others decided, or None: it finds its own.
+    field: the [width, height] that others decided, or None: it finds its own. threads:
+    of the network; more than one for a large picture, which is counted alone.
     """
 
     name: str
     path: str
     stamp: list
     field: list | None = None
+    threads: int = 1
 
 
 @dataclasses.dataclass
@@ -1534,7 +1615,7 @@ class Options:
     voc: bool
 
 
-worker_counter = None  # a CellCounter, once in each worker
+worker_counters = {}  # {threads: CellCounter}, in each worker
 worker_options = None
 
 
@@ -1544,6 +1625,8 @@ def start_worker(options):
     worker_options = options
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
     cv2.setNumThreads(1)
+    warnings.simplefilter("ignore")  # of decoders: what matters is raised
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
@@ -1555,12 +1638,11 @@ def end_with_parent():
         os._exit(1)
 
 
-def counter_of_worker():
+def counter_of_worker(threads=1):
     """This worker's CellCounter, opened at its first use."""
-    global worker_counter
-    if worker_counter is None:
-        worker_counter = CellCounter(worker_options.model)
-    return worker_counter
+    if threads not in worker_counters:
+        worker_counters[threads] = CellCounter(worker_options.model, threads)
+    return worker_counters[threads]
 
 
 def describe_model():
@@ -1590,7 +1672,7 @@ def count_task(task):
     record = {"name": task.name, "stamp": task.stamp, "given_field": task.field}
     try:
         image, pages = read_picture(task.path)
-        counted = counter_of_worker().count(image, task.field)
+        counted = counter_of_worker(task.threads).count(image, task.field)
         record.update(picture_record(image, counted, pages))
         write_results(task.name, image, counted, record)
         record["state"] = "counted"
@@ -1753,8 +1835,7 @@ class Journal:
             self.read(fresh)
         except OSError as fault:
             raise OutputError(
-                f"Results cannot be written to {shown_name(output)}: "
-                f"{fault.strerror or fault}."
+                f"Results cannot be written to {shown_name(output)}: {fault.strerror or fault}."
             ) from None
 
     def read(self, fresh):
@@ -2009,7 +2090,7 @@ class Run:
                     self.reused += 1
                 self.note_done(task.name)
             elif self.pixels(task.name) >= LARGE_PIXELS:
-                large.append(task)
+                large.append(dataclasses.replace(task, threads=cores()))
             else:
                 small.append(task)
         for record in self.workers.run(small):
@@ -2200,6 +2281,13 @@ def some_of(names, most=10):
     return text
 
 
+def near_path(path):
+    """A path as seen from the working folder, if it lies in it."""
+    with contextlib.suppress(ValueError):
+        return Path(path).relative_to(os.getcwd())
+    return path
+
+
 def summary_lines(lines, totals, found, output):
     """What the screen says last."""
     failed = [line for line in lines if line.state != "counted"]
@@ -2219,7 +2307,7 @@ def summary_lines(lines, totals, found, output):
         f"{len(failed)} files not counted"
     )
     text += totals.sentences()
-    text.append(f"Results: {shown_name(output / 'report.html')}")
+    text.append(f"Results: {shown_name(near_path(output / 'report.html'))}")
     return text
 
 
@@ -2400,26 +2488,20 @@ def small_picture(line, path, output, class_names):
     alternative = html.escape(line.name, quote=True)
     image = f'<img src="{address}" alt="{alternative}" loading="lazy">' if address else ""
     caption = caption_of(line, class_names)
-    return (
-        f'<figure><a href="{link}">{image}</a><figcaption>{caption}</figcaption></figure>'
-    )
+    return f'<figure><a href="{link}">{image}</a><figcaption>{caption}</figcaption></figure>'
 
 
 def link_rows(rows, output, class_names):
     """Rows of a table of pictures that are not shown, as HTML; rows: [(Line, path)]."""
     parts = []
     for line, path in rows:
-        cells = "".join(
-            f'<td class="number">{with_interval(*count)}</td>' for count in line.counts
-        )
+        cells = "".join(f'<td class="number">{with_interval(*count)}</td>' for count in line.counts)
         parts.append(
             f'<tr><td><a href="{link_to(output, path)}">{html.escape(line.name)}</a></td>'
             f"{cells}<td>{html.escape(line.remark)}</td></tr>"
         )
     heads = "".join(f'<th class="number">{html.escape(name)}</th>' for name in class_names)
-    return (
-        f"<table><tr><th>picture</th>{heads}<th>remark</th></tr>{''.join(parts)}</table>"
-    )
+    return f"<table><tr><th>picture</th>{heads}<th>remark</th></tr>{''.join(parts)}</table>"
 
 
 def failed_table(failed):
@@ -2573,7 +2655,7 @@ def speed_file():
     return base / "count_cells" / "speed.json"
 
 
-def choose_model(named, folder=Path(__file__).resolve().parent):
+def choose_model(named, folder=PROGRAM_FOLDER):
     """The model that is named, or the one beside the program, of two the faster one.
 
     Two are timed once on a machine, and the result is remembered. Raises ModelError.
@@ -2619,7 +2701,7 @@ def digest_of(path):
     """16 hex digits that tell a model's file from others."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(2**20):
+        for block in iter(functools.partial(file.read, 2**20), b""):
             digest.update(block)
     return digest.hexdigest()[:16]
 

@@ -16,7 +16,7 @@ THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # several workers sha
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOK = ROOT / "ssd_bccd_detection.ipynb"
+NOTEBOOK = Path(os.environ.get("SSD_TEST_NOTEBOOK", ROOT / "ssd_bccd_detection.ipynb"))
 sys.path.insert(0, str(ROOT))  # `pytest` alone finds the scripts too
 
 
