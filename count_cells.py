@@ -66,11 +66,17 @@ import xml.etree.ElementTree as ElementTree
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-import cv2
-import numpy as np
-import tifffile
-from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
+try:
+    import cv2
+    import numpy as np
+    import tifffile
+    from PIL import Image, ImageDraw, ImageFont
+    from tqdm import tqdm
+except ImportError as fault:
+    if __name__ != "__main__":
+        raise
+    packages = "onnxruntime opencv-python-headless numpy pillow tifffile tqdm"
+    sys.exit(f"The package {fault.name} is missing: pip install {packages}")
 
 VERSION = "1.0"
 FORMAT_VERSION = 1  # of the metadata in the model's file
@@ -2685,16 +2691,20 @@ def remembered_speed(eight_bits, full):
         memory = json.loads(speed_file().read_text())
     if isinstance(memory, dict) and isinstance(memory.get(key), float):
         return memory[key]
-    seconds = []
-    for path in (eight_bits, full):
-        with concurrent.futures.ProcessPoolExecutor(
-            1, mp_context=multiprocessing.get_context("spawn")
-        ) as pool:
-            seconds.append(pool.submit(seconds_a_field, path).result())
-    ratio = seconds[0] / seconds[1]
+    ratio = measured_speed(eight_bits, full)
     with contextlib.suppress(OSError, OutputError):
         save_whole(speed_file(), json.dumps({**memory, key: ratio}).encode())
     return ratio
+
+
+def measured_speed(eight_bits, full):
+    """Seconds of the int8 model by those of the float32 one, each in a process of its own."""
+    seconds = []
+    for path in (eight_bits, full):
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+            seconds.append(pool.submit(seconds_a_field, path).result())
+    return seconds[0] / seconds[1]
 
 
 def digest_of(path):

@@ -65,6 +65,23 @@ class GraphBuilder:
         return output
 
 
+    def largest_ahead(self, values, axis):
+        """The largest value from each pixel on, along an axis of (N, 1, 300, 300): in two steps,
+        of 18 pixels and of 17 times 18.
+        """
+        for kernel, dilation in ((18, 1), (17, 18)):
+            shape = [1, 1]
+            dilations = [1, 1]
+            pads = [0, 0, 0, 0]
+            shape[axis - 2] = kernel
+            dilations[axis - 2] = dilation
+            pads[axis] = (kernel - 1) * dilation
+            output = f"{values}_{kernel}"
+            options = {"kernel_shape": shape, "dilations": dilations, "pads": pads}
+            values = self.node("MaxPool", [values], output, **options)
+        return values
+
+
 def square_finder_graph():
     """A graph images (N, 3, 300, 300) -> boxes, cells: each dark square is a cell of class 1.
 
@@ -84,18 +101,19 @@ def square_finder_graph():
     ramp = np.arange(300, dtype=np.float32)
     corner = dark
     sides = {}
-    for name, shape, kernel, pads, before in (
-        ("x", (1, 1, 1, 300), [1, 300], [0, 0, 0, 299], [0, 0, 0, 1, 0, 0, 0, 0]),
-        ("y", (1, 1, 300, 1), [300, 1], [0, 0, 299, 0], [0, 0, 1, 0, 0, 0, 0, 0]),
-    ):
+    for name, axis in (("x", 3), ("y", 2)):
+        shape = [1, 1, 1, 1]
+        shape[axis] = 300
         place = graph.constant(f"place_{name}", ramp.reshape(shape))
         low = graph.node("Add", [nothing, place], f"low_{name}")
         light = graph.node("Add", [beyond, place], f"light_{name}")
         negative = graph.node("Neg", [light], f"negative_{name}")
-        pooled = graph.node("MaxPool", [negative], f"pooled_{name}", kernel_shape=kernel, pads=pads)
+        pooled = graph.largest_ahead(negative, axis)
         next_light = graph.node("Neg", [pooled], f"next_{name}")
         high = graph.node("Min", [next_light, size], f"high_{name}")
         sides[name] = (low, high)
+        before = [0] * 8
+        before[axis] = 1
         widths = graph.constant(f"widths_{name}", before, np.int64)
         moved = graph.node("Pad", [dark, widths, zero], f"moved_{name}")
         start = graph.constant(f"start_{name}", [0, 0], np.int64)
