@@ -72,13 +72,16 @@ class GraphBuilder:
         for kernel, dilation in ((18, 1), (17, 18)):
             shape = [1, 1]
             dilations = [1, 1]
-            pads = [0, 0, 0, 0]
+            pads = [0] * 8
             shape[axis - 2] = kernel
             dilations[axis - 2] = dilation
-            pads[axis] = (kernel - 1) * dilation
+            pads[4 + axis] = (kernel - 1) * dilation
             output = f"{values}_{kernel}"
-            options = {"kernel_shape": shape, "dilations": dilations, "pads": pads}
-            values = self.node("MaxPool", [values], output, **options)
+            widths = self.constant(f"{output}_pads", pads, np.int64)
+            lowest = self.constant(f"{output}_lowest", -2000)
+            padded = self.node("Pad", [values, widths, lowest], f"{output}_padded")
+            options = {"kernel_shape": shape, "dilations": dilations}
+            values = self.node("MaxPool", [padded], output, **options)
         return values
 
 
