@@ -507,6 +507,8 @@ def read_picture(source):
     except Exception as fault:  # decoders fail in every way; no file may end a run
         if "cannot identify" in str(fault):
             raise PictureError("it is no picture, or a damaged one") from None
+        if "truncated" in str(fault).lower():
+            raise PictureError("the file was cut off") from None
         raise PictureError(in_a_few_words(fault, source)) from None
     remark = f"first of {pages} pages" if pages > 1 else ""
     return image, remark
@@ -2334,7 +2336,7 @@ h2 { font-size: 18px; margin: 40px 0 4px; }
 p { margin: 4px 0 12px; color: var(--soft); max-width: 78ch; }
 a { color: #0b5cad; }
 .cards { display: grid; gap: 16px; margin-top: 24px;
-  grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); }
+  grid-template-columns: repeat(auto-fit, minmax(250px, 1fr)); }
 .card, .panel { background: #fff; border: 1px solid var(--line); border-radius: 8px; }
 .card { padding: 16px 18px; border-top: 4px solid var(--colour, #5b6775); }
 .card b { display: block; font-size: 30px; line-height: 1.2; }
@@ -2357,6 +2359,7 @@ figcaption b { display: block; font-size: 14px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th, td { text-align: left; padding: 5px 16px 5px 0; border-bottom: 1px solid var(--line);
   vertical-align: top; overflow-wrap: anywhere; }
+td:first-child { min-width: 15em; }
 td.number, th.number { text-align: right; white-space: nowrap; }
 footer { margin-top: 40px; color: var(--soft); font-size: 13px; }
 """

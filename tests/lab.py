@@ -64,7 +64,6 @@ class GraphBuilder:
         self.nodes.append(helper.make_node(kind, inputs, [output], **attributes))
         return output
 
-
     def largest_ahead(self, values, axis):
         """The largest value from each pixel on, along an axis of (N, 1, 300, 300): in two steps,
         of 18 pixels and of 17 times 18.

@@ -1,0 +1,164 @@
+"""The file that ties the notebook to the lab's tool: what the export writes is what the tool reads,
+and both find and count the same cells.
+"""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import count_cells
+
+# Torch and ONNX Runtime both take half a second of a core for an image in float32: every sixth is
+# compared here, and with SSD_TEST_EVERY=1 all; what follows the network is compared on all.
+EVERY = int(os.environ.get("SSD_TEST_EVERY", "6"))
+CHECKPOINT = ROOT / "checkpoints" / "best_model.pth"
+
+
+@pytest.fixture(scope="module")
+def detector(nb):
+    return nb.load_detector(CHECKPOINT)[0]
+
+
+@pytest.fixture(scope="module")
+def val_set(nb, bccd_root):
+    return nb.SmearSplit(nb.dataset_root(bccd_root), "val", nb.CLASS_NAMES)
+
+
+@pytest.fixture(scope="module")
+def images(val_set):
+    return [val_set.image(index) for index in range(len(val_set))]
+
+
+@pytest.fixture(scope="module")
+def counting(nb):
+    return nb.load_checkpoint(CHECKPOINT, "detector")["counting"]
+
+
+@pytest.fixture(scope="module")
+def metadata(nb, detector, counting, images):
+    ranges = nb.statistics_ranges(images)
+    return nb.counting_metadata(detector, "float32", counting, ranges)
+
+
+@pytest.fixture(scope="module")
+def exported(nb, detector, metadata, tmp_path_factory):
+    path = tmp_path_factory.mktemp("export") / "ssd300.onnx"
+    return nb.export_onnx(detector, len(nb.CLASS_NAMES), path, metadata)
+
+
+@pytest.fixture(scope="module")
+def quantised(nb, exported, metadata, bccd_root):
+    train_set = nb.SmearSplit(nb.dataset_root(bccd_root), "train", nb.CLASS_NAMES)
+    some_images = nb.SmearDataset(train_set).batch(range(0, len(train_set), 23))[0]
+    target = exported.with_name("ssd300_int8.onnx")
+    return nb.quantise_onnx(exported, some_images, target, {**metadata, "precision": "int8"})
+
+
+def whole(image):
+    return [image.shape[1], image.shape[0]]
+
+
+def count_all(cells, settings):
+    """[(number, least, most)] of an image's cells."""
+    counts = count_cells.count_cells(cells, settings)[1]
+    return [(count.number, count.least, count.most) for count in counts.values()]
+
+
+def assert_same_cells(nb, ours, expected, settings, counting):
+    """Boxes within a hundredth of a pixel, equal counts and intervals."""
+    assert ours["labels"].tolist() == expected["labels"].tolist()
+    assert np.abs(ours["boxes"] - expected["boxes"].numpy()).max() <= 0.01
+    assert np.abs(ours["scores"] - expected["scores"].numpy()).max() <= 1e-4
+    expected_counts = nb.count_cells(expected, len(nb.CLASS_NAMES), counting)[1]
+    assert count_all(ours, settings) == expected_counts
+
+
+@pytest.fixture(scope="module")
+def float32_cells(exported, images):
+    """What the float32 file finds on every sixth image."""
+    counter = count_cells.CellCounter(exported, threads=torch.get_num_threads())
+    return [counter.find(image, whole(image)) for image in images[::EVERY]]
+
+
+def test_the_float32_file_finds_and_counts_what_the_notebook_does(
+    nb, detector, float32_cells, metadata, images, counting, monkeypatch
+):
+    monkeypatch.setattr(nb, "detection_precision", lambda device: torch.float32)
+    for image, ours in zip(images[::EVERY], float32_cells, strict=True):
+        (expected,) = nb.detect(detector, [image], every_cell=True)
+        assert_same_cells(nb, ours, expected, metadata, counting)
+
+
+def test_the_int8_file_stays_within_bounds_and_is_read_as_the_notebook_reads_it(
+    nb, quantised, images, counting, float32_cells
+):
+    """No count of an image differs from the float32 file's by more than two, the sum of the red
+    cells by less than 2%. (Measured on all 87 images: by one, by 0.2%.)
+    """
+    counter = count_cells.CellCounter(quantised, threads=torch.get_num_threads())
+    assert counter.settings["precision"] == "int8" and len(images) == 87
+    session = counter.detector.session
+    counts = []
+    for image in images:
+        frame = nb.squeeze(image, nb.IMAGE_SIZE)[None].float().numpy()
+        boxes, cells = session.run(["boxes", "cells"], {"images": frame})
+        outputs = torch.from_numpy(boxes), torch.from_numpy(cells)
+        (expected,) = nb.read_detections(outputs, [image], None, every_cell=True)
+        ours = count_cells.select_cells(boxes[0], cells[0], counter.settings)
+        height, width = image.shape[:2]
+        ours["boxes"] = ours["boxes"] * np.array([width, height, width, height])
+        assert_same_cells(nb, ours, expected, counter.settings, counting)
+        counts.append([count[0] for count in count_all(ours, counter.settings)])
+    exact = []
+    for cells in float32_cells:
+        exact.append([count[0] for count in count_all(cells, counter.settings)])
+    some = np.array(counts[::EVERY])
+    assert np.abs(some - exact).max() <= 2
+    assert abs(some[:, 0].sum() / np.sum(exact, axis=0)[0] - 1) < 0.02
+
+
+def test_the_metadata_are_what_the_tool_asks_for(nb, exported, metadata):
+    stored = nb.read_metadata(exported)
+    assert stored == metadata
+    assert set(count_cells.REQUIRED_SETTINGS) < set(stored)
+    assert stored["format_version"] == count_cells.FORMAT_VERSION
+    assert all(name == name.lower() for name in stored)
+
+
+def test_a_file_of_these_weights_is_known_again(nb, exported, metadata, tmp_path):
+    assert nb.is_export_of(exported, metadata)
+    assert nb.is_export_of(exported, {**metadata, "counting": None})  # measured anew: no new file
+    assert not nb.is_export_of(exported, {**metadata, "weights": "of another training"})
+    assert not nb.is_export_of(exported, {**metadata, "precision": "int8"})
+    assert not nb.is_export_of(exported, {**metadata, "format_version": 2})
+    assert not nb.is_export_of(tmp_path / "absent.onnx", metadata)
+    (tmp_path / "damaged.onnx").write_bytes(exported.read_bytes()[:1000])
+    assert not nb.is_export_of(tmp_path / "damaged.onnx", metadata)
+
+
+def test_statistics_of_pictures_are_the_same_on_both_sides(nb, images):
+    for image in images[:5]:
+        ours = count_cells.picture_statistics(image, nb.IMAGE_SIZE)
+        assert nb.picture_statistics(image) == pytest.approx(ours, rel=1e-4)
+
+
+def test_the_pictures_of_the_measurement_get_no_remark(metadata, images):
+    for image in images:
+        assert count_cells.unlike_remarks(image, whole(image), metadata) == []
+
+
+def test_a_class_without_an_object_in_validation_has_no_interval(nb):
+    """It counted 0 (0 to 0) for ever, where the detector finds 15."""
+    matches = []
+    for _ in range(4):
+        scores = np.array([0.9, 0.8, 0.3])
+        right = np.ones((1, 3), bool)
+        wrong = np.zeros((1, 3), bool)
+        matches.append([(scores, right, 3), (scores, wrong, 0), (np.empty(0), wrong[:, :0], 0)])
+    fitted = nb.fit_counting(matches, 3)
+    assert nb.count_class(np.array([0.9, 0.8]), 1, fitted)[1] is not None
+    for label in (2, 3):
+        assert nb.count_class(np.array([0.9, 0.8, 0.1]), label, fitted) == (2, None, None)
