@@ -5,7 +5,7 @@
 
 Both run in one process, in turn, after a warm-up; the detections are first asserted to agree.
 "Defaults" is what a user of each gets: ours in the arithmetic that pays on this machine, or for
-own images the int8 copy that the page made beside best_model.pth, torchvision in float32; "like"
+own images count_cells.py with the int8 file beside best_model.pth, torchvision in float32; "like"
 is both in float32. Prints for each row the medians, the ratio ours / torchvision pair by pair with
 its quartiles, and, where convolutions are the work, the floor: the floating-point operations that
 torch counts, at the machine's measured rate in that row's arithmetic, and the share of it that
@@ -36,6 +36,8 @@ from torchvision.tv_tensors import BoundingBoxes
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 from conftest import load_definitions  # noqa: E402
+
+import count_cells  # noqa: E402
 
 
 def quiet_definitions():
@@ -301,11 +303,14 @@ def from_files(twin, files, device):
 def file_rows(nb, model, twin, files, repeats, device):
     """File to boxes: by the fastest way that each has, and both in float32."""
     fast = nb.detection_precision(device)
-    best = ROOT / "checkpoints" / "best_model.pth"
-    find, kind = nb.fastest_detector(best, nb.load_checkpoint(best, "detector"))
+    exported = ROOT / "checkpoints" / "ssd300_int8.onnx"
+    if not exported.is_file():
+        print(f"| {exported.name} is not there: run the page first | | | | | |")
+        return
+    counter = count_cells.CellCounter(exported, threads=torch.get_num_threads())
 
     def own(paths):
-        return [nb.detect_large(find, nb.read_image(path), [640, 480]) for path in paths]
+        return [counter.find(nb.read_image(path), [640, 480]) for path in paths]
 
     def eager(paths, dtype):
         return nb.detect(model, [nb.read_image(path) for path in paths], dtype=dtype)
@@ -313,7 +318,7 @@ def file_rows(nb, model, twin, files, repeats, device):
     in_fast = functools.partial(eager, dtype=fast)
     in_float32 = functools.partial(eager, dtype=torch.float32)
     ways = [
-        (f"own images: {kind}", own, fast, "0.3"),
+        ("own images: count_cells, int8", own, fast, "0.3"),
         (f"detect in the faster type: {str(fast)[6:]}", in_fast, fast, "0.45 / 0.3"),
         ("like: both float32", in_float32, torch.float32, "0.85 / 0.3"),
     ]

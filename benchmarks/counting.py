@@ -1,28 +1,28 @@
 #!/usr/bin/env python3
 """Measure how best_model.pth counts cells, on BCCD's validation images and their complete labels.
 
-    python benchmarks/counting.py --dataset BCCD_Dataset [--checkpoint FILE] [--no-runner]
+    python benchmarks/counting.py --dataset BCCD_Dataset [--checkpoint FILE] [--models FILE ...]
 
 Prints the official mAP; for each class the F1 at IoU 0.5 and the error of the count, by the usual
 threshold (fitted to official labels) and as own images are counted (fitted to complete labels, each
 image by what others taught), and the share of true counts inside the 95% intervals; what the labels
-leave within reach; the same pictures resized, turned and extended; and, unless --no-runner, the
-seconds that `--images` takes for 40 pictures. The test split is not touched.
+leave within reach; the same for what count_cells.py counts with the exported files (their
+calibration was fitted to these images); and its counts of the same pictures resized, turned and
+extended. The test split is not touched.
 """
 
 import argparse
 import os
-import shutil
-import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from compare import ROOT, quiet_definitions
 from PIL import Image
+
+sys.path.insert(0, str(ROOT))
+import count_cells  # noqa: E402
 
 SAME_CELL = 0.3  # IoU from which a box of either labelling is the same cell
 
@@ -83,10 +83,19 @@ def second_opinion(nb, official, complete):
     return answer
 
 
-def counted_folder(counter, images):
-    """Images as a folder's own are counted: [(cells that count, [(count, least, most)], remark)]."""
-    counter.fields = {}
+def counted_alone(counter, images):
+    """Images as `count_cells.py --own-scale` counts them: [CountedPicture]."""
     return [counter.count(image) for image in images]
+
+
+def as_detections(counted, names):
+    """A CountedPicture's cells as the notebook's detections, boxes, labels, scores."""
+    labels = [names.index(name) + 1 for name in counted.classes]
+    return {
+        "boxes": torch.from_numpy(counted.boxes).reshape(-1, 4),
+        "labels": torch.tensor(labels, dtype=torch.int64),
+        "scores": torch.from_numpy(counted.scores),
+    }
 
 
 def resized(images, truth, factor):
@@ -115,56 +124,71 @@ def extended(images):
     return [np.pad(image, pad, mode="symmetric") for image, pad in zip(images, pads, strict=True)]
 
 
-def before_the_seam(answers, images, label):
+def before_the_seam(answers, images, name):
     """Counted cells of a class that end inside the original images: at the seam, where mirrored
     halves join, there are others than in the image alone.
     """
     total = 0
-    for (found, *_), image in zip(answers, images, strict=True):
-        inside = (found["boxes"][:, 2:] < torch.tensor(image.shape[1::-1]) - 4).all(1)
-        total += int((inside & (found["labels"] == label)).sum())
+    for counted, image in zip(answers, images, strict=True):
+        height, width = image.shape[:2]
+        inside = (counted.boxes[:, 2] < width - 4) & (counted.boxes[:, 3] < height - 4)
+        is_class = np.array(counted.classes) == name
+        total += int((inside & is_class).sum())
     return total
 
 
 def folder_rows(nb, counter, images, truth, names):
     """Print how the counts of the same smears change with their size."""
-    label, first = counter.usual["label"], None
-    title = f"{names[label - 1]}, {len(images)} smears"
-    print(f"| {title} | cells counted | change | F1 | remarks |\n|---|---|---|---|---|")
+    label = counter.settings["usual"]["label"]
+    name = names[label - 1]
+    first = None
+    print(f"| {name}, {len(images)} smears | cells counted | change | F1 | remarks |")
+    print("|---|---|---|---|---|")
     for factor in (1.0, 0.5, 0.71, 1.41, 2.0, "turned upright"):
         if factor == "turned upright":
-            name, (pictures, cells) = factor, turned(images, truth)
+            title = factor
+            pictures, cells = turned(images, truth)
         else:
-            name, (pictures, cells) = f"resized by {factor}", resized(images, truth, factor)
-        answers = counted_folder(counter, pictures)
-        total = sum(counts[label - 1][0] for _, counts, _ in answers)
-        found = [{**f, "scores": torch.ones(len(f["labels"]))} for f, _, _ in answers]
+            title = f"resized by {factor}"
+            pictures, cells = resized(images, truth, factor)
+        answers = counted_alone(counter, pictures)
+        total = sum(counted.counts[name].number for counted in answers)
+        if first is None:
+            first = total
+        found = [as_detections(counted, names) for counted in answers]
         rows = matched(nb, found, cells, len(names))
         figures = nb.count_figures(rows, label, [len(row[label - 1][0]) for row in rows])
-        remarks, first = sum(bool(remark) for *_, remark in answers), first or total
+        remarks = sum(bool(counted.remark) for counted in answers)
         change = total / max(first, 1) - 1
-        print(f"| {name} | {total} | {change:+.1%} | {figures['f1']:.3f} | {remarks} |", flush=True)
+        print(
+            f"| {title} | {total} | {change:+.1%} | {figures['f1']:.3f} | {remarks} |", flush=True
+        )
     few = images[:12]
-    alone, wider = (
-        before_the_seam(counted_folder(counter, pictures), few, label)
-        for pictures in (few, extended(few))
-    )
+    alone = before_the_seam(counted_alone(counter, few), few, name)
+    wider = before_the_seam(counted_alone(counter, extended(few)), few, name)
     print(f"{len(few)} smears extended by half: {wider} cells away from the seam, {alone} without")
 
 
-def runner_seconds(split):
-    """Seconds of `--images` on 40 pictures, start included, and the exit code: with the detector
-    and the int8 copy in checkpoints/.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "in").mkdir()
-        for _, picture in split.files[:40]:
-            shutil.copy(picture, Path(folder) / "in")
-        command = [sys.executable, "execute_ssd_notebook.py", "--images", f"{folder}/in"]
-        command += ["--results", f"{folder}/out", "--output", f"{folder}/page.ipynb"]
-        started = time.perf_counter()
-        code = subprocess.run(command, cwd=ROOT, capture_output=True).returncode
-        return time.perf_counter() - started, code
+def tool_rows(nb, way, answers, truth, names):
+    """Print F1, count errors and intervals of what count_cells.py counted, class by class."""
+    found = [as_detections(counted, names) for counted in answers]
+    rows = matched(nb, found, truth, len(names))
+    for label, name in enumerate(names, 1):
+        counts = [counted.counts[name] for counted in answers]
+        objects = [row[label - 1][2] for row in rows]
+        inside = []
+        for count, cells in zip(counts, objects, strict=True):
+            if count.least is not None:
+                inside.append(count.least <= cells <= count.most)
+        held = f"{np.mean(inside):.1%}" if inside else ""
+        f = nb.count_figures(rows, label, [count.number for count in counts])
+        error = f"{f['count_mae']:.2f} | {f['count_bias']:+.2f} | {f['f1']:.3f}"
+        print(f"| {name} | {np.mean(objects):.1f} | {way} | {error} | {held} |", flush=True)
+
+
+def whole_pictures(counter, images):
+    """Images counted with each as one field, which is how section 13 measured."""
+    return [counter.count(image, [image.shape[1], image.shape[0]]) for image in images]
 
 
 def main():
@@ -175,11 +199,16 @@ def main():
     parser.add_argument("--dataset", default=os.environ.get("BCCD_DATASET", "BCCD_Dataset"))
     parser.add_argument("--labels", default=ROOT / "data" / "complete_labels.json")
     parser.add_argument("--checkpoint", default=ROOT / "checkpoints" / "best_model.pth")
-    parser.add_argument("--no-runner", action="store_true", help="do not time `--images`")
+    parser.add_argument(
+        "--models",
+        nargs="*",
+        type=Path,
+        default=[ROOT / "checkpoints" / name for name in count_cells.MODEL_NAMES],
+        help="files of count_cells.py; those that are not there are left out",
+    )
     arguments = parser.parse_args()
     nb = quiet_definitions()
     nb.CHECKPOINT_DIR = str(Path(arguments.checkpoint).parent)
-    counter = nb.CellCounter(arguments.checkpoint)
     model, names = nb.load_detector(arguments.checkpoint, nb.DEVICE)
     classes = len(names)
     complete = nb.read_complete_labels(arguments.labels, names)
@@ -225,14 +254,19 @@ def main():
             f = nb.count_figures(reading, label, best)
             error = f"{f['count_mae']:.2f} | {f['count_bias']:+.2f} | {f['f1']:.3f}"
             print(f"| {name} | {objects.mean():.1f} | {way} | {error} | {held} |")
-    if not counter.counting:  # not measured by section 13: fitted to the images that it counts
-        counter.counting = nb.fit_counting(rows, classes)
-        counter.usual = counter.counting["usual"] = nb.usual_cells(every, val)
-    print(f"\nown images by {counter.kind}")
-    folder_rows(nb, counter, [images[index] for index in some], truth, names)
-    if not arguments.no_runner:
-        seconds, code = runner_seconds(val)
-        print(f"--images, 40 pictures, start included: {seconds:.1f} s, exit {code}")
+    some_images = [images[index] for index in some]
+    counters = []
+    for path in arguments.models:
+        if path.is_file():
+            counters.append(count_cells.CellCounter(path, threads=torch.get_num_threads()))
+    for counter in counters:
+        kind = counter.settings["precision"]
+        tool_rows(nb, f"{kind} file", whole_pictures(counter, some_images), truth, names)
+        answers = counted_alone(counter, some_images)
+        tool_rows(nb, f"{kind} file, own scale", answers, truth, names)
+    if counters:
+        print(f"\nown images by {counters[0].detector.path.name}")
+        folder_rows(nb, counters[0], some_images, truth, names)
 
 
 if __name__ == "__main__":

@@ -95,6 +95,7 @@ def square_finder_graph():
     zero = graph.constant("zero", 0)
     size = graph.constant("size", 300)
     far = graph.constant("far", 1000)
+    least = graph.constant("least", 3)  # pixels: what is smaller is the blurred rim of a square
     grey = graph.node("ReduceMean", ["images"], "grey", axes=[1], keepdims=1)
     is_dark = graph.node("Less", [grey, graph.constant("limit", 110)], "is_dark")
     dark = graph.node("Cast", [is_dark], "dark", to=TensorProto.FLOAT)
@@ -114,6 +115,10 @@ def square_finder_graph():
         next_light = graph.node("Neg", [pooled], f"next_{name}")
         high = graph.node("Min", [next_light, size], f"high_{name}")
         sides[name] = (low, high)
+        length = graph.node("Sub", [high, low], f"length_{name}")
+        is_long = graph.node("Greater", [length, least], f"is_long_{name}")
+        long = graph.node("Cast", [is_long], f"long_{name}", to=TensorProto.FLOAT)
+        corner = graph.node("Mul", [corner, long], f"long_corner_{name}")
         before = [0] * 8
         before[axis] = 1
         widths = graph.constant(f"widths_{name}", before, np.int64)

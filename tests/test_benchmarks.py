@@ -2,7 +2,6 @@
 many times larger.
 """
 
-import functools
 import json
 import sys
 from pathlib import Path
@@ -15,7 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import counting  # noqa: E402
 import scaling  # noqa: E402
 import train_side_by_side  # noqa: E402
-from test_images import COUNTING, NAMES, FindsDarkSquares, rows_of_squares  # noqa: E402
+from lab import NAMES, rows_of_squares, save_square_finder  # noqa: E402
+
+from count_cells import CellCounter  # noqa: E402
 
 
 def test_torchvisions_side_starts_from_the_same_vgg_and_freezes_conv1_alone(nb):
@@ -134,18 +135,13 @@ def test_pictures_and_their_boxes_change_together():
     assert wider.shape == (60, 90, 3) and np.array_equal(wider[:40, :60], image)
 
 
-def test_smears_of_every_size_are_counted_and_compared(nb, monkeypatch, capsys):
-    monkeypatch.setattr(nb, "detection_precision", lambda device: torch.float32)
-    counter = object.__new__(nb.CellCounter)
-    counter.find, counter.names, counter.counting = (
-        functools.partial(nb.detect, FindsDarkSquares(nb), every_cell=True, num_classes=3),
-        NAMES,
-        COUNTING,
-    )
-    counter.usual = {"label": 1, "size": 80.0, "image": [640, 480]}
+def test_smears_of_every_size_are_counted_and_compared(nb, tmp_path, capsys):
+    counter = CellCounter(save_square_finder(tmp_path / "squares.onnx"))
     image, cells = rows_of_squares(80, 640, 480, 110)
     corners = [[x, y, x + 80, y + 80] for x in range(5, 560, 110) for y in range(5, 400, 110)]
     truth = [(torch.tensor(corners).float(), torch.ones(cells, dtype=torch.int64))]
+    counting.tool_rows(nb, "way", counting.whole_pictures(counter, [image]), truth, NAMES)
+    assert f"| RBC | {cells}.0 | way | 0.00 | +0.00 | 1.000 | 100.0% |" in capsys.readouterr().out
     counting.folder_rows(nb, counter, [image], truth, NAMES)
     *rows, last = capsys.readouterr().out.splitlines()[2:]
     assert [row.split(" | ", 1)[1] for row in rows] == [f"{cells} | +0.0% | 1.000 | 0 |"] * 6
