@@ -91,7 +91,8 @@ def main():
     parser.add_argument("--pictures", type=int, default=120)
     arguments = parser.parse_args()
     model = arguments.model.resolve()
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    # two for the counting, two for the reading, which waits for a free one
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     folder = Path(tempfile.mkdtemp())
     try:
         pictures = folder / "pictures"
