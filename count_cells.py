@@ -1070,8 +1070,9 @@ def is_measured(counting, label):
     """Whether the counts of a class were measured: it had cells to measure them by."""
     if not counting:
         return False
-    has_spread = counting["spread"][label - 1] > 0
-    return has_spread and counting["cells_per_detection"][label - 1] > 0
+    factor = counting["cells_per_detection"][label - 1]  # None, where there was no cell
+    spread = counting["spread"][label - 1]
+    return bool(factor) and bool(spread)
 
 
 def count_class(scores, label, settings):

@@ -280,8 +280,6 @@ def read_options(arguments):
     add("--dataset", metavar="DIR", help="an existing copy (also BCCD_DATASET)")
     add("--dataset-url", metavar="URL", help="another git mirror (also BCCD_URL)")
     add("--weights", metavar="FILE", help="VGG-16's features (also VGG16_WEIGHTS)")
-    add("--images", metavar="DIR", help="only count the cells in your own pictures")
-    add("--results", metavar="DIR", help="where the results of --images go")
     add("--output", metavar="NB", help="write the executed notebook there")
     add("--fresh", action="store_true", help="train from the start")
     add("--install", action="store_true", help="install missing packages")
@@ -747,7 +745,6 @@ INPUTS = {  # constants of the notebook: the variable and the option that overri
     "VGG16_WEIGHTS": ("VGG16_WEIGHTS", "weights"),
     "TRAINING": ("SSD_TRAINING", "fresh"),
 }
-FOLDERS_OF_A_RUN = ["CHECKPOINT_DIR", "MY_RESULTS"]  # constants; a run with -p has its own
 
 
 class Job:
@@ -770,7 +767,6 @@ class Job:
             kind = "custom"
         self.choose_target(kind)
         self.choose_folders()
-        plan_images(self)
         for name, (variable, option) in INPUTS.items():
             typed = getattr(options, option)
             if name in self.values:
@@ -787,12 +783,12 @@ class Job:
             if name in self.values and getattr(self.options, option):
                 words = f"--{option.replace('_', '-')} and -p {name} do not go together"
                 raise Failure(Exit.USAGE, f"{words}: choose one.")
-        for name in FOLDERS_OF_A_RUN:
-            if name in self.values and self.known[name]:
-                own = os.path.realpath(self.folder / self.known[name])
-                if own == os.path.realpath(self.folder / self.values[name]):
-                    why = "the notebook's own folder, which a run with -p never writes to"
-                    raise Failure(Exit.USAGE, f"-p {name}: that is {why}.")
+        own = self.known.get("CHECKPOINT_DIR")
+        given = self.values.get("CHECKPOINT_DIR")
+        if own and given is not None:
+            if os.path.realpath(self.folder / own) == os.path.realpath(self.folder / given):
+                why = "the notebook's own folder, which a run with -p never writes to"
+                raise Failure(Exit.USAGE, f"-p CHECKPOINT_DIR: that is {why}.")
 
     def choose_target(self, kind: str) -> None:
         """Where the result goes; what kind of run it is, in words for a folder below runs/."""
@@ -819,21 +815,21 @@ class Job:
         self.work_is_kept = False
 
     def choose_folders(self) -> None:
-        """Where checkpoints and results go: own folders for a run with overrides.
+        """Where checkpoints go: an own folder for a run with overrides.
 
         Also for one that writes elsewhere because the checkout is only read; that one works
         on a copy of the checkpoints.
         """
         self.checkpoints_to_copy = None
         if self.options.output and not self.draft:
-            own = self.folder / (self.known.get("CHECKPOINT_DIR") or "")
-            if is_protected(own):
-                self.checkpoints_to_copy = own
+            theirs = self.folder / (self.known.get("CHECKPOINT_DIR") or "")
+            if is_protected(theirs):
+                self.checkpoints_to_copy = theirs
         if self.draft or self.checkpoints_to_copy is not None:
-            for name in FOLDERS_OF_A_RUN:
-                if self.known.get(name) and name not in self.values:
-                    own = self.place / Path(self.known[name]).name
-                    self.values[name] = self.relative(own)
+            name = self.known.get("CHECKPOINT_DIR")
+            if name and "CHECKPOINT_DIR" not in self.values:
+                own = self.place / Path(name).name
+                self.values["CHECKPOINT_DIR"] = self.relative(own)
         self.checkpoints = None
         self.staging = None  # what the notebook writes there changes together with the page
         folder = self.value("CHECKPOINT_DIR")
@@ -867,42 +863,6 @@ class Job:
         if self.folder in path.parents:
             return path.relative_to(self.folder).as_posix()
         return str(path)
-
-
-def plan_images(job: Job) -> None:
-    """--images: a page of those cells alone that count the cells in a folder of pictures.
-
-    To take this away: this function, its call, and the options --images and --results.
-    """
-    options = job.options
-    if options.results and not options.images:
-        raise Failure(Exit.USAGE, "--results without --images do not go together: add it.")
-    if not options.images:
-        return
-    images = Path(os.path.realpath(options.images))
-    if not images.is_dir():
-        raise Failure(Exit.USAGE, f"--images: there is no folder {images}.")
-    given = read_overrides(options.overrides, job.known)
-    job.choose_target("images")
-    results = Path(os.path.realpath(options.results or job.place / "results"))
-    job.values = {"MY_IMAGES": job.relative(images), "MY_RESULTS": job.relative(results)}
-    job.values.update(given)
-    job.staging = None  # checkpoints are only read
-    job.checkpoints_to_copy = None
-    job.env.pop("BCCD_DATASET", None)
-    titles = section_titles(job.notebook)
-    shown_titles = set()
-    for cell, title in zip(job.notebook.cells, titles, strict=True):
-        if "images" in tags(cell):
-            shown_titles.add(title)
-    kept = []
-    for cell, title in zip(job.notebook.cells, titles, strict=True):
-        text = cell.cell_type == "markdown" and title in shown_titles
-        if text or tags(cell) & {"parameters", "define", "images"}:
-            if "fetch" in tags(cell):  # no dataset is needed
-                cell.metadata["tags"].remove("fetch")
-            kept.append(cell)
-    job.notebook.cells = kept
 
 
 def read_constants(notebook):

@@ -226,6 +226,7 @@ def test_the_number_and_the_interval_of_a_count():
         None,
         {**COUNTING, "spread": [1.0, 0.0, 1.0], "cells_per_detection": [1.0, 0.0, 1.0]},
         {**COUNTING, "spread": [1.0, 0.0, 1.0]},
+        {**COUNTING, "spread": [1.0, None, 1.0], "cells_per_detection": [1.0, None, 1.0]},
     ],
 )
 def test_a_class_that_was_not_measured_counts_by_the_plain_threshold(counting):

@@ -72,7 +72,7 @@ def assert_same_cells(nb, ours, expected, settings, counting):
     assert ours["labels"].tolist() == expected["labels"].tolist()
     assert np.abs(ours["boxes"] - expected["boxes"].numpy()).max() <= 0.01
     assert np.abs(ours["scores"] - expected["scores"].numpy()).max() <= 1e-4
-    expected_counts = nb.count_cells(expected, len(nb.CLASS_NAMES), counting)[1]
+    expected_counts = nb.cells_that_count(expected, counting, len(nb.CLASS_NAMES))[1]
     assert count_all(ours, settings) == expected_counts
 
 
@@ -84,9 +84,8 @@ def float32_cells(exported, images):
 
 
 def test_the_float32_file_finds_and_counts_what_the_notebook_does(
-    nb, detector, float32_cells, metadata, images, counting, monkeypatch
+    nb, detector, float32_cells, metadata, images, counting
 ):
-    monkeypatch.setattr(nb, "detection_precision", lambda device: torch.float32)
     for image, ours in zip(images[::EVERY], float32_cells, strict=True):
         (expected,) = nb.detect(detector, [image], every_cell=True)
         assert_same_cells(nb, ours, expected, metadata, counting)
@@ -103,10 +102,10 @@ def test_the_int8_file_stays_within_bounds_and_is_read_as_the_notebook_reads_it(
     session = counter.detector.session
     counts = []
     for image in images:
-        frame = nb.squeeze(image, nb.IMAGE_SIZE)[None].float().numpy()
+        frame = nb.resize_to_square(image, nb.IMAGE_SIZE)[None].float().numpy()
         boxes, cells = session.run(["boxes", "cells"], {"images": frame})
         outputs = torch.from_numpy(boxes), torch.from_numpy(cells)
-        (expected,) = nb.read_detections(outputs, [image], None, every_cell=True)
+        (expected,) = nb.read_detections(outputs, [image], every_cell=True)
         ours = count_cells.select_cells(boxes[0], cells[0], counter.settings)
         height, width = image.shape[:2]
         ours["boxes"] = ours["boxes"] * np.array([width, height, width, height])
@@ -157,8 +156,12 @@ def test_a_class_without_an_object_in_validation_has_no_interval(nb):
         scores = np.array([0.9, 0.8, 0.3])
         right = np.ones((1, 3), bool)
         wrong = np.zeros((1, 3), bool)
-        matches.append([(scores, right, 3), (scores, wrong, 0), (np.empty(0), wrong[:, :0], 0)])
+        red = nb.Matched(scores, right, 3)
+        white = nb.Matched(scores, wrong, 0)
+        platelets = nb.Matched(np.empty(0), wrong[:, :0], 0)
+        matches.append([red, white, platelets])
     fitted = nb.fit_counting(matches, 3)
-    assert nb.count_class(np.array([0.9, 0.8]), 1, fitted)[1] is not None
+    assert nb.count_interval(np.array([0.9, 0.8]), 1, fitted)[1] is not None
     for label in (2, 3):
-        assert nb.count_class(np.array([0.9, 0.8, 0.1]), label, fitted) == (2, None, None)
+        counted = nb.count_interval(np.array([0.9, 0.8, 0.1]), label, fitted)
+        assert counted == (2, None, None)

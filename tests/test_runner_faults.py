@@ -216,7 +216,6 @@ FAULTS = [
         ("--fresh", "-p", "TRAINING=reuse"),
         (("parameters", "TRAINING = 'auto'\nTRAINING"),),
     ),
-    Fault("images-nowhere", 2, r"there is no folder .*mine", ("--images", "mine")),
     # packages
     Fault(
         "nothing-installed",

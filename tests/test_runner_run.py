@@ -63,14 +63,14 @@ def test_published_page(place, capsys):
 
 def test_overrides_go_under_runs(place, capsys):
     """The run's own notebook has an injected cell, its folders are its own; the page stays."""
-    source = PARAMETERS[1] + "\nMY_RESULTS = 'my_results'\nDATA_DIR = 'data'\nCOUNT"
-    names = "COUNT, RATE, CHECKPOINT_DIR, MY_RESULTS, DATA_DIR, os.path.isdir(CHECKPOINT_DIR)"
+    source = PARAMETERS[1] + "\nDATA_DIR = 'data'\nCOUNT"
+    names = "COUNT, RATE, CHECKPOINT_DIR, DATA_DIR, os.path.isdir(CHECKPOINT_DIR)"
     place.write("import os", ("parameters", source), f"print({names})")
     before = place.notebook.read_bytes()
     code, out, err = place.call(capsys, "-p", "COUNT=4", "-p", "RATE=1")
     assert code == 0, err
     page = place.folder / "runs" / "custom" / "study.ipynb"
-    assert "4 1.0 runs/custom/checkpoints runs/custom/my_results data True\n" in outputs(page)
+    assert "4 1.0 runs/custom/checkpoints data True\n" in outputs(page)
     tags = [cell.metadata.get("tags") for cell in nbformat.read(page, as_version=4).cells]
     assert tags == [None, ["parameters"], ["injected-parameters"], None]
     assert place.notebook.read_bytes() == before
@@ -99,39 +99,6 @@ def test_options_reach_the_kernel(place, capsys):
     said = outputs(place.folder.parent / "new" / "page.ipynb")
     assert said.endswith("fresh data a-mirror w.pth checkpoints/.staging 1 32\n")
     assert "  defined\n  looking into a-mirror\n" in out
-    assert place.notebook.read_bytes() == before
-
-
-IMAGES = (
-    (
-        "parameters",
-        "MY_IMAGES = ''\nMY_RESULTS = 'my_results'\nCHECKPOINT_DIR = 'checkpoints'\nMY_IMAGES",
-    ),
-    ("define", "def area(n):\n    return n * n"),
-    "## 3. Dataset",
-    "raise RuntimeError('needs the dataset')",
-    "## 16. Your own images",
-    (
-        "images",
-        "import os\nprint(area(3), sorted(os.listdir(MY_IMAGES)), CHECKPOINT_DIR, MY_RESULTS)",
-    ),
-    "## 17. Summary",
-    "raise RuntimeError('needs results')",
-)
-
-
-def test_own_images(place, capsys):
-    """Only the cells that are needed run; neither dataset nor download is asked for."""
-    place.write(*IMAGES)
-    before = place.notebook.read_bytes()
-    place.put("mine/one.PNG", "x")
-    page = place.folder / "runs" / "images" / "study.ipynb"
-    code, out, err = place.call(capsys, "--images", "mine")
-    assert code == 0, err
-    assert outputs(page).endswith("9 ['one.PNG'] checkpoints runs/images/results\n")
-    code, out, err = place.call(capsys, "--images", "mine", "--results", "found")
-    assert code == 0, err
-    assert outputs(page).endswith("9 ['one.PNG'] checkpoints found\n")
     assert place.notebook.read_bytes() == before
 
 
