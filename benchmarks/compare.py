@@ -260,7 +260,9 @@ def detection_rows(nb, model, split, repeats, device):
     """
     twin = torchvision_twin(nb, model).to(device).eval()
     files = [str(picture) for _, picture in split.files[:8]]
-    small = torch.stack([nb.resize_to_square(split.image(i), 300) for i in range(8)]).float().to(device)
+    small = (
+        torch.stack([nb.resize_to_square(split.image(i), 300) for i in range(8)]).float().to(device)
+    )
     with torch.no_grad():
         locs, scores = model(nb.normalize(small))
         outputs = {"bbox_regression": locs, "cls_logits": scores}

@@ -122,7 +122,9 @@ def main():
         row = {"images": [names[i], names[j]], "share": round(share, 4), "shift": shift}
         row["correlation"] = round(correlation, 4)
         lines.append(json.dumps(row))
-    note = "Images that show one spot of glass: benchmarks/find_shared_fields.py. shift: (dy, dx) of "
+    note = (
+        "Images that show one spot of glass: benchmarks/find_shared_fields.py. shift: (dy, dx) of "
+    )
     note += f"the first against the second in copies of {WIDTH}x{HEIGHT} pixels."
     text = f'{{"note": {json.dumps(note)},\n"pairs": [\n' + ",\n".join(lines) + "\n]}\n"
     Path(arguments.output).write_text(text, encoding="utf-8")

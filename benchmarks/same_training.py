@@ -159,7 +159,9 @@ def main():
         losses = [sum(side.train_epoch()) for side in (old, new, same)]
         alike = compare(old, same, "old ties")
         compare(old, new, "as it is")
-        print("      | mean loss of old, new, new with old ties:", *[f"{loss:.6f}" for loss in losses])
+        print(
+            "      | mean loss of old, new, new with old ties:", *[f"{loss:.6f}" for loss in losses]
+        )
     losses = [sum(side.validate()) for side in (old, new, same)]
     print("validation loss:", *[f"{loss:.6f}" for loss in losses])
     print("equal bit for bit but for ties" if alike else "not equal bit for bit")

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
 from synthetic_bccd import draw_dataset
 
 RED, WHITE = "RBC", "WBC"
@@ -85,9 +84,7 @@ def test_a_list_in_no_known_encoding_is_named(nb, folder, content):
     assert "train.txt" in message and "UTF-8" in message
 
 
-@pytest.mark.parametrize(
-    "image_id", ["smear 1", "my smear of may", "-1 x", "smear 1 ", "a.b", "1"]
-)
+@pytest.mark.parametrize("image_id", ["smear 1", "my smear of may", "-1 x", "smear 1 ", "a.b", "1"])
 def test_ids_with_blanks(nb, folder, image_id):
     image_id = image_id.strip()
     add_image(folder, image_id)
@@ -280,9 +277,7 @@ def drawn(nb, tmp_path):
     labels_by_id = {}
     for split in ["train", "val"]:
         dataset = datasets[split]
-        for image_id, boxes, labels in zip(
-            dataset.ids, dataset.boxes, dataset.labels, strict=True
-        ):
+        for image_id, boxes, labels in zip(dataset.ids, dataset.boxes, dataset.labels, strict=True):
             more = torch.cat([boxes + 2, torch.tensor([[600.0, 440, 639, 479]])])
             more = more.clamp(max=torch.tensor([640.0, 480, 640, 480]))
             labels_by_id[image_id] = (more, torch.cat([labels, torch.tensor([1])]))

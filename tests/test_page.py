@@ -292,7 +292,9 @@ BUDGET_OF_SURPRISE = {
     "walrus": lambda node: isinstance(node, ast.NamedExpr),
     "|= of dicts": lambda node: isinstance(node, ast.AugAssign) and isinstance(node.op, ast.BitOr),
     "class made by type()": lambda node: (
-        isinstance(node, ast.Call) and getattr(node.func, "id", "") == "type" and len(node.args) == 3
+        isinstance(node, ast.Call)
+        and getattr(node.func, "id", "") == "type"
+        and len(node.args) == 3
     ),
     "conditional in call position": lambda node: (
         isinstance(node, ast.Call) and isinstance(node.func, ast.IfExp)
