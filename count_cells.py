@@ -130,6 +130,7 @@ class PictureError(CountError):
 ORIENTATION_TAG = 0x0112  # of EXIF: 1 upright, to 8
 FULL_SCALES = (255, 1023, 4095, 16383, 65535)  # white of 8, 10, 12, 14 and 16 bits
 
+PLAIN_COLOURS = (0, 1, 2)  # of a TIFF: grey from white, grey from black, RGB
 SIGNATURES = (  # how files begin that are pictures whatever their ending
     b"\xff\xd8\xff",  # JPEG
     b"\x89PNG\r\n\x1a\n",
@@ -421,6 +422,8 @@ def read_with_tifffile(source, tiff):
     page = tiff.pages.first
     check_size(page.imagewidth, page.imagelength)
     check_that_it_is_whole(tiff, page)
+    if page.photometric not in PLAIN_COLOURS:
+        raise PictureError("its colours are neither grey nor RGB: save it as RGB")
     pages = 1
     try:
         if has_channel_pages(tiff):
@@ -1336,13 +1339,14 @@ VOC_FOLDER = "voc"
 class Found:
     """What the inputs hold: pictures {name: path}; not_counted {name: reason} of pictures
     that cannot be read here; others: names of files that are no pictures; closed: names
-    of folders inside that were not entered.
+    of folders inside that were not entered; nested: whether folders are entered.
     """
 
     pictures: dict
     not_counted: dict
     others: list
     closed: list
+    nested: bool
 
 
 def shown_name(name):
@@ -1356,7 +1360,13 @@ def files_of_folder(folder, nested, closed):
     Results of earlier runs are left out: annotated/ and voc/ beside a journal.
     """
     files = []
-    for parent, folders, names in os.walk(folder, onerror=raise_unreadable):
+
+    def note_unreadable(fault):
+        if fault.filename == str(folder):
+            raise CountError(f"{shown_name(folder)} cannot be read: {fault.strerror}.")
+        closed.append(Path(fault.filename))
+
+    for parent, folders, names in os.walk(folder, onerror=note_unreadable):
         if JOURNAL_NAME in names:
             ours = {ANNOTATED_FOLDER, VOC_FOLDER}
             folders[:] = [name for name in folders if name not in ours]
@@ -1369,11 +1379,6 @@ def files_of_folder(folder, nested, closed):
         linked = [name for name in folders if Path(parent, name).is_symlink()]
         closed += [Path(parent, name) for name in linked]
     return files
-
-
-def raise_unreadable(fault):
-    """For os.walk: a folder that cannot be entered ends the run with a sentence."""
-    raise CountError(f"The folder {fault.filename} cannot be read: {fault.strerror}.")
 
 
 def common_folder(inputs):
@@ -1393,7 +1398,7 @@ def find_pictures(inputs, nested, output):
     an input that is not there.
     """
     base = common_folder(inputs)
-    found = Found({}, {}, [], [])
+    found = Found({}, {}, [], [], nested)
     closed = []
     files = {}
     for path in inputs:
@@ -2290,6 +2295,13 @@ def some_of(names, most=10):
     return text
 
 
+def why_closed(found):
+    """Why folders inside were left out, as a piece of a sentence."""
+    if found.nested:
+        return " (links, or without permission)"
+    return " without --nested"
+
+
 def near_path(path):
     """A path as seen from the working folder, if it lies in it."""
     with contextlib.suppress(ValueError):
@@ -2310,7 +2322,7 @@ def summary_lines(lines, totals, found, output):
     if found.others:
         text.append(f"No pictures, left out: {some_of(found.others)}")
     if found.closed:
-        text.append(f"Folders inside, left out without --nested: {some_of(found.closed)}")
+        text.append(f"Folders inside, left out{why_closed(found)}: {some_of(found.closed)}")
     text.append(
         f"{totals.pictures} images counted, {len(remarked)} of them with a remark; "
         f"{len(failed)} files not counted"
@@ -2758,6 +2770,7 @@ def run_command(options):
             "options": {"own_scale": options.own_scale, "voc": options.voc},
         }
         with contextlib.closing(Journal(output, header, options.fresh)) as journal:
+            remove_leftovers(output)
             if journal.reason_to_start_anew:
                 print(f"Everything is counted anew: {journal.reason_to_start_anew}.")
             run = Run(found.pictures, journal, workers, options.own_scale, options.voc)
@@ -2772,6 +2785,13 @@ def run_command(options):
     return exit_code(lines)
 
 
+def remove_leftovers(output):
+    """Remove files that a killed run had begun to write."""
+    for folder in (ANNOTATED_FOLDER, VOC_FOLDER):
+        for path in (output / folder).rglob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
+
 def print_no_pictures(found):
     """Say that there is nothing to count, and what is there."""
     for name, reason in found.not_counted.items():
@@ -2779,7 +2799,7 @@ def print_no_pictures(found):
     if found.others:
         print(f"No pictures: {some_of(found.others)}")
     if found.closed:
-        print(f"Folders inside, left out without --nested: {some_of(found.closed)}")
+        print(f"Folders inside, left out{why_closed(found)}: {some_of(found.closed)}")
     print("There is no picture to count.")
 
 

@@ -148,6 +148,13 @@ def test_white_may_be_zero(tmp_path):
     assert image[0, 0, 0] > 200 and image[10, 15, 0] < 60
 
 
+def test_colours_that_are_no_rgb_are_refused_in_a_sentence(tmp_path):
+    inks = np.zeros((48, 64, 4), np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", inks, photometric="separated")
+    with pytest.raises(PictureError, match="neither grey nor RGB"):
+        read_picture(tmp_path / "a.tif")
+
+
 def test_pages_and_channels(tmp_path):
     pages = np.stack([DEEP[..., 0] * 257] * 4)
     tifffile.imwrite(tmp_path / "pages.tif", pages, photometric="minisblack")

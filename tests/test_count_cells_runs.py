@@ -128,6 +128,21 @@ def test_every_file_is_counted_or_named(model, here, capsys):
     assert counts_of("in_cells")["day2/inside.png"] == 3
 
 
+def test_a_folder_without_permission_is_named(model, here, capsys, monkeypatch):
+    save(here / "in" / "a.png")
+    (here / "in" / "locked").mkdir()
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert count(model, "in", "--nested") == 0
+    assert "left out (links, or without permission): locked" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="names of bytes are Linux's")
 def test_a_name_that_is_no_utf8_costs_nothing(model, here):
     save(here / "in" / "a.png")
@@ -264,6 +279,8 @@ def test_a_run_goes_on_where_it_was(model, here, capsys, monkeypatch):
     assert count(model, "in", "--output", "out") == count_cells.EXIT_INTERRUPTED
     assert "The same command goes on from here" in capsys.readouterr().err
     journal = here / "out" / count_cells.JOURNAL_NAME
+    leftover = here / "out" / "annotated" / ".begun.tmp"
+    leftover.write_bytes(b"a file that a kill cut off")
     with open(journal, "ab") as file:
         file.write(b'{"name": "3.png", "sta')  # a line that a kill cut off
     monkeypatch.setattr(
@@ -271,7 +288,7 @@ def test_a_run_goes_on_where_it_was(model, here, capsys, monkeypatch):
     )
     assert count(model, "in", "--output", "out") == 0
     assert len(counted) == 6 and "3 of them in an earlier run" in capsys.readouterr().out
-    assert tables_of("out") == tables_of("whole")
+    assert tables_of("out") == tables_of("whole") and not leftover.exists()
     assert count(model, "in", "--output", "out") == 0 and len(counted) == 6
 
 
