@@ -86,6 +86,7 @@ MODEL_NAMES = ("ssd300_int8.onnx", "ssd300.onnx")  # looked for in this order
 
 MAX_PIXELS = 500_000_000  # larger pictures are refused: 20,000 x 20,000 has 400 million
 LARGE_PIXELS = 40_000_000  # pictures from here on are counted one at a time
+LARGEST_FIELD = 6000  # pixels; of a larger picture smaller and smaller fields are tried
 SMALLEST_FIELD = 60  # pixels; below it there is nothing to see in a field
 SCALE_PICTURES = 3  # so many pictures of a size decide the scale of the others
 CUT_MARGIN = 0.04  # a box that ends so near to a tile's inner border may be a part
@@ -1011,13 +1012,14 @@ def find_field(detector, image):
     whole = whole_field(width, height, usual)
     if not usual["cell_size"]:
         return whole
+    is_large = max(whole) > LARGEST_FIELD
     best_field = None
     most_cells = 0
     for step in STEPS:
-        if step > 6 and best_field is not None:
+        if step > 6 and best_field is not None and not is_large:
             break
         field = [round(side * 1.5**-step) for side in whole]
-        if max(field) > 6000:  # of a huge picture nothing is that large
+        if max(field) > LARGEST_FIELD:  # of a huge picture nothing is that large
             continue
         size, cells = try_field(detector, image, field)
         if cells > most_cells:
@@ -1029,6 +1031,9 @@ def find_field(detector, image):
     if best_field is None:
         return None
     field = [max(8, round(side)) for side in best_field]
+    if is_large:  # it is read in thousands of fields: once more, nearer
+        size, _ = try_field(detector, image, field)
+        field = [max(8, round(side * (size or 1))) for side in field]
     if len(cut_tiles(width, height, field)) > most_tiles(width, height):
         return None
     return field
