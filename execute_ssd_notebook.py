@@ -22,6 +22,7 @@
 #   "onnx>=1.16",
 #   "onnxruntime>=1.17",
 #   "onnxscript>=0.1",
+#   "tifffile>=2023.7.10",
 # ]
 # ///
 """Run the notebook from beginning to end and publish the result, or say why not.

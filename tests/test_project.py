@@ -31,7 +31,13 @@ def test_only_what_a_clone_needs_is_committed():
     if tracked.returncode:
         return  # an archive without git: nothing to look at
     names = [line.partition("\t")[2] for line in tracked.stdout.splitlines()]
-    allowed = ("best_model.pth", "metrics.json", "detections.jpg", "accepted_recipes.json")
+    allowed = (
+        "best_model.pth",
+        "metrics.json",
+        "detections.jpg",
+        "accepted_recipes.json",
+        ".gitignore",
+    )
     for name in names:
         assert not name.startswith(("BCCD_Dataset/", "runs/")), name
         assert not name.endswith(".onnx"), name

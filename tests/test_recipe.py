@@ -1,6 +1,7 @@
 """What makes two trainings the same, and what is resumed, reused or trained."""
 
 import ast
+import functools
 import inspect
 import json
 import linecache
@@ -141,8 +142,12 @@ def test_the_committed_detector_is_reused_by_this_page(nb, bccd_root):
 
 
 @pytest.fixture
-def digest_of(nb, drawn_bccd):
-    """The digest of a training on the drawn smears, some names of the notebook changed."""
+def digest_of(nb, drawn_bccd, monkeypatch):
+    """The digest of a training on the drawn smears, some names of the notebook changed.
+
+    Here all code cells are one source, so the syntax of a definition is looked up once.
+    """
+    monkeypatch.setattr(nb, "syntax_of", functools.cache(nb.syntax_of))
     root = nb.dataset_root(drawn_bccd)
     splits = [nb.SmearSplit(root, split) for split in ("train", "val")]
     return lambda **changed: nb.recipe_digest({**vars(nb), **changed}, splits, {})
