@@ -66,7 +66,7 @@ def kernel_of(folder):
     return None
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds the kernel in /proc")
 def test_a_killed_kernel_ends_with_the_same_weights(tmp_path, vgg_weights):
     draw_dataset(tmp_path / "data", train=4, val=2, test=2, seed=3)

@@ -27,7 +27,7 @@ def few_smears(bccd_root, tmp_path_factory):
     return root
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_fresh_run_on_a_few_smears(few_smears, vgg_weights, tmp_path):
     for name in (NOTEBOOK.name, "execute_ssd_notebook.py"):
         shutil.copy(ROOT / name, tmp_path / name)

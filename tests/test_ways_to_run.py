@@ -41,7 +41,7 @@ NotebookClient(notebook, timeout=None, kernel_name="python3").execute()
 nbformat.write(notebook, path)
 """
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)  # of the machine that is busy with the others
 
 
 @pytest.fixture(scope="module")
