@@ -82,8 +82,7 @@ def small_notebook(folder, to_the_end, **constants):
             pattern, lambda found, text=f"{name} = {value}  ": text, parameters.source, flags=re.M
         )
         assert count == 1, name
-    for key in ("ssd_runner", "execute_ssd_notebook"):  # the stamp of the committed run
-        notebook.metadata.pop(key, None)
+    notebook.metadata.pop("execute_ssd_notebook", None)  # the stamp of the committed run
     nbformat.write(notebook, folder / NOTEBOOK.name)
 
 
