@@ -2202,17 +2202,23 @@ class Totals:
             values[f"{name} most"] = most
         return values
 
+    def how_sure(self, place):
+        """The 95% interval of a class's total, in words."""
+        least, most = self.interval(place)
+        if least is None:
+            return "no interval: this class was not measured in validation"
+        return f"95% interval {least:,} to {most:,}"
+
+    def an_image(self, place):
+        """How many cells of a class an image has, in words."""
+        return f"{self.cells[place] / max(self.pictures, 1):.1f} an image"
+
     def sentences(self):
         """One line of the summary for each class."""
         lines = []
         for place, name in enumerate(self.class_names):
-            least, most = self.interval(place)
-            if least is None:
-                sure = "no interval: this class was not measured in validation"
-            else:
-                sure = f"95% interval {least} to {most}"
-            mean = self.cells[place] / max(self.pictures, 1)
-            lines.append(f"{name}: {self.cells[place]} cells ({sure}), {mean:.1f} an image")
+            cells = f"{name}: {self.cells[place]:,} cells"
+            lines.append(f"{cells} ({self.how_sure(place)}), {self.an_image(place)}")
         return lines
 
 
@@ -2431,13 +2437,7 @@ def total_cards(totals, settings):
     colours = colours_by_class(settings)
     cards = []
     for place, name in enumerate(totals.class_names):
-        least, most = totals.interval(place)
-        if least is None:
-            sure = "no interval: this class was not measured in validation"
-        else:
-            sure = f"95% interval {least:,} to {most:,}"
-        mean = totals.cells[place] / max(totals.pictures, 1)
-        lines = [sure, f"{mean:.1f} an image"]
+        lines = [totals.how_sure(place), totals.an_image(place)]
         cards.append(card(name, totals.cells[place], lines, colours[name]))
     return "".join(cards)
 

@@ -2,6 +2,7 @@
 """Show that two editions of the notebook train the same detector, and accept the newer recipe.
 
     python benchmarks/same_training.py --dataset BCCD_Dataset [--old a21a4e8] [--steps 30] [--accept]
+    python benchmarks/same_training.py --dataset BCCD_Dataset --speed
 
 Old and new code start from the same VGG-16 weights and the same seed and train side by side, each
 by its own `train_epoch`, on the same images in the same order, in float32. Printed after each few
@@ -12,15 +13,20 @@ the same outputs at many positions) mining may take any, and another way of sort
 the new code trains twice: as it is, and with the old edition's `mine_negatives`. Without the ties
 the weights must be equal bit for bit; with them, the differences are what such a choice alone brings.
 
+--speed times steps of both and detections of both in turn, in float32 and bfloat16, and stops there.
+
 --accept adds the new recipe to checkpoints/accepted_recipes.json, by the fingerprint of
 checkpoints/best_model.pth, if the weights without the ties are equal bit for bit.
 """
 
 import argparse
+import functools
 import json
 import os
+import statistics
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -85,6 +91,14 @@ class Side:
             return self.nb.validation_loss(model, self.val_data, torch.float32, range(images))
         return self.nb.validate(self.run, [self.val_data.batch(range(images))])
 
+    def detect(self, images, dtype):
+        """Detections of the network under training, computed in dtype."""
+        model = self.run.model.eval()
+        if hasattr(self.nb, "EveryCellDataset"):
+            return self.nb.detect(model, images, dtype=dtype)
+        self.nb.detection_precision = lambda device: dtype
+        return self.nb.detect(model, images)
+
     def weights(self):
         """{name: tensor} of what is trained."""
         named = self.run.model.named_parameters()
@@ -122,6 +136,35 @@ def compare(old, new, name):
     return equal == equal_averages == number
 
 
+def seconds_of(function):
+    """How long a call takes."""
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def compare_speed(old, new, images, rounds=5, steps=3):
+    """Print the median seconds of a training step and of a detection, old and new in turn.
+
+    images: list of (H, W, 3) uint8; each round detects all of them in one call.
+    """
+    print("what                          | old s | new s | new / old")
+    for dtype in [torch.float32, torch.bfloat16]:
+        seconds = {"step": ([], []), "detection": ([], [])}
+        for _ in range(rounds + 1):
+            for place, side in enumerate([old, new]):
+                side.run.dtype = dtype
+                side.run.passes = steps * side.nb.BATCH_SIZE / len(side.train_data)
+                seconds["step"][place].append(seconds_of(side.train_epoch) / steps)
+                detect = functools.partial(side.detect, images, dtype)
+                seconds["detection"][place].append(seconds_of(detect) / len(images))
+        for what, (old_seconds, new_seconds) in seconds.items():
+            first = statistics.median(old_seconds[1:])  # without the round that warms up
+            second = statistics.median(new_seconds[1:])
+            name = f"{what}, {str(dtype).removeprefix('torch.')}"
+            print(f"{name:29} | {first:5.3f} | {second:5.3f} | {second / first:.3f}", flush=True)
+
+
 def accept(side):
     """Add a recipe to the accepted ones of the committed detector."""
     path = ROOT / "checkpoints" / "accepted_recipes.json"
@@ -143,6 +186,7 @@ def main():
     parser.add_argument("--dataset", default=os.environ.get("BCCD_DATASET", "BCCD_Dataset"))
     parser.add_argument("--old", default="a21a4e8", help="the commit of the older notebook")
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--speed", action="store_true")
     parser.add_argument("--accept", action="store_true")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -152,6 +196,10 @@ def main():
         old = Side(path, "old_edition", arguments.dataset, 8 * steps_an_epoch)
         new = Side(NOTEBOOK, "new_edition", arguments.dataset, 8 * steps_an_epoch)
         same = Side(NOTEBOOK, "new_edition_old_ties", arguments.dataset, 8 * steps_an_epoch)
+    if arguments.speed:
+        images = [new.train_data.split.image(i) for i in range(8)]
+        compare_speed(old, new, images)
+        return
     same.nb.mine_negatives = old.nb.mine_negatives
     print(f"old: {arguments.old}, recipe {old.recipe}; new: recipe {new.recipe}")
     print("steps | new side     | differences")

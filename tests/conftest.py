@@ -1,6 +1,5 @@
 """What the tests share: the notebook's definitions as a module, drawn data, and the real data from data/."""
 
-import ast
 import copy
 import linecache
 import os
@@ -9,6 +8,7 @@ import types
 import zipfile
 from pathlib import Path
 
+import filelock
 import pytest
 
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -25,30 +25,49 @@ def load_definitions(
 ):
     """Execute a notebook's `parameters` and `define` cells, in order, in a new module, and return it.
 
-    The module stands in sys.modules under `name`, and its source in linecache, so that tracebacks show the cell's
-    lines and inspect.getsource works on functions and classes.
+    The module stands in sys.modules under `name`. Its cells stand in linecache, each with blank lines
+    for those before it, so that tracebacks show a cell's lines, a function's source is looked up in
+    its own cell, as in Jupyter, and inspect.getsource works on classes too.
     """
     import nbformat
 
     module = types.ModuleType(name)
     module.__file__ = f"<{Path(notebook).name}: definitions>"
-    text, parts = "", []
-    for number, cell in enumerate(nbformat.read(notebook, as_version=4).cells):
-        if cell.cell_type == "code" and set(cell.metadata.get("tags", ())) & set(cells):
-            text += f"# --- cell {number} ({cell.get('id', '')})\n"
-            parts.append((text.count("\n"), cell.source))
-            text += cell.source + "\n\n"
-    linecache.cache[module.__file__] = (
-        len(text),
-        None,
-        text.splitlines(keepends=True),
-        module.__file__,
-    )
     sys.modules[name] = module
-    for offset, source in parts:
-        tree = ast.increment_lineno(ast.parse(source), offset)
-        exec(compile(tree, module.__file__, "exec"), module.__dict__)
+    whole = ""
+    for number, cell in enumerate(nbformat.read(notebook, as_version=4).cells):
+        if cell.cell_type != "code" or not set(cell.metadata.get("tags", ())) & set(cells):
+            continue
+        whole += f"# --- cell {number} ({cell.get('id', '')})\n"
+        file = f"<{Path(notebook).name}: cell {number} of {name}>"
+        source = "\n" * whole.count("\n") + cell.source + "\n"
+        remember_lines(file, source)
+        whole += cell.source + "\n\n"
+        remember_lines(module.__file__, whole)
+        exec(compile(source, file, "exec"), module.__dict__)
     return module
+
+
+def remember_lines(file, source):
+    """Give a file that does not exist its lines, for tracebacks and inspect."""
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+
+
+def made_once(tmp_path_factory, name, make):
+    """The path of what make(path) writes; the first of pytest-xdist's workers makes it for all."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    path = folder / name
+    with filelock.FileLock(f"{path}.lock"):
+        if not path.exists():
+            make(path)
+    return path
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the tests that take long, so that no worker is left with them at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def part_of(split, indices):

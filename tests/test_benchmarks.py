@@ -15,6 +15,7 @@ import counting  # noqa: E402
 import scaling  # noqa: E402
 import train_side_by_side  # noqa: E402
 from lab import NAMES, rows_of_squares, save_square_finder  # noqa: E402
+from synthetic_bccd import draw_dataset  # noqa: E402
 
 from count_cells import CellCounter  # noqa: E402
 
@@ -57,15 +58,14 @@ def test_torchvisions_recipe_keeps_boxes_inside_the_image():
     assert len(sizes) > 5  # zoomed out and cropped
 
 
-def test_a_trial_of_each_side_is_logged_with_what_it_was(
-    nb, drawn_bccd, tmp_path, monkeypatch, capsys
-):
+def test_a_trial_of_each_side_is_logged_with_what_it_was(nb, tmp_path, monkeypatch, capsys):
+    data = draw_dataset(tmp_path / "BCCD_Dataset", train=2, val=2, test=1, seed=11)
     torch.manual_seed(0)
     weights = {f"features.{key}": value for key, value in nb.vgg16_base().state_dict().items()}
     torch.save(weights, tmp_path / "vgg.pth")
     given = [
         "--dataset",
-        str(drawn_bccd),
+        str(data),
         "--weights",
         str(tmp_path / "vgg.pth"),
         "--output",

@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, made_once
 
 import count_cells
 
@@ -45,16 +45,20 @@ def metadata(nb, detector, counting, images):
 
 @pytest.fixture(scope="module")
 def exported(nb, detector, metadata, tmp_path_factory):
-    path = tmp_path_factory.mktemp("export") / "ssd300.onnx"
-    return nb.export_onnx(detector, len(nb.CLASS_NAMES), path, metadata)
+    def export(path):
+        nb.export_onnx(detector, len(nb.CLASS_NAMES), path, metadata)
+
+    return made_once(tmp_path_factory, "ssd300.onnx", export)
 
 
 @pytest.fixture(scope="module")
-def quantised(nb, exported, metadata, bccd_root):
-    train_set = nb.SmearSplit(nb.dataset_root(bccd_root), "train", nb.CLASS_NAMES)
-    some_images = nb.SmearDataset(train_set).batch(range(0, len(train_set), 23))[0]
-    target = exported.with_name("ssd300_int8.onnx")
-    return nb.quantise_onnx(exported, some_images, target, {**metadata, "precision": "int8"})
+def quantised(nb, exported, metadata, bccd_root, tmp_path_factory):
+    def quantise(path):
+        train_set = nb.SmearSplit(nb.dataset_root(bccd_root), "train", nb.CLASS_NAMES)
+        samples = nb.SmearDataset(train_set).batch(range(0, len(train_set), 23))[0]
+        nb.quantise_onnx(exported, samples, path, {**metadata, "precision": "int8"})
+
+    return made_once(tmp_path_factory, "ssd300_int8.onnx", quantise)
 
 
 def whole(image):

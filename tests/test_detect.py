@@ -318,11 +318,11 @@ def test_the_committed_detector_finds_what_it_found(nb, bccd_root):
 
 
 def test_the_committed_detector_fits_what_people_boxed(nb, bccd_root):
-    """Of the boxes of the 15 images whose detections are stored most are among the cells that are
+    """Of the boxes of five images whose detections are stored most are among the cells that are
     shown: the detector is one that works.
     """
     split = nb.SmearSplit(nb.dataset_root(bccd_root), "val")
-    rows = [split.ids.index(name) for name in golden.stored()["detections"]]
+    rows = [split.ids.index(name) for name in list(golden.stored()["detections"])[::3]]
     model, _ = nb.load_detector(golden.BEST)
     cells = nb.detect(model, [split.image(row) for row in rows], every_cell=True, min_score=0.5)
     hits = total = 0

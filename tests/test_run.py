@@ -1,23 +1,27 @@
-"""A small real run, end to end: the whole notebook through the runner on a few real smears, in a folder of its own."""
+"""A small real training: the notebook through the runner on a few real smears, with overrides.
 
-import json
+tests/test_ways_to_run.py runs the page to its end.
+"""
+
 import shutil
 import subprocess
 import sys
 
 import nbformat
 import pytest
+import torch
 from conftest import NOTEBOOK, ROOT
 from runner_helpers import environment_without
+from test_ways_to_run import small_notebook
 
 
 @pytest.fixture(scope="module")
 def few_smears(bccd_root, tmp_path_factory):
-    """A BCCD folder with the first 8, 6 and 6 images of the real splits."""
+    """A BCCD folder with the first 6, 3 and 2 images of the real splits."""
     root = tmp_path_factory.mktemp("few") / "BCCD_Dataset"
     for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (root / "BCCD" / folder).mkdir(parents=True)
-    for split, number in (("train", 8), ("val", 6), ("test", 6)):
+    for split, number in (("train", 6), ("val", 3), ("test", 2)):
         file = f"BCCD/ImageSets/Main/{split}.txt"
         names = (bccd_root / file).read_text().split()[:number]
         (root / file).write_text("\n".join(names) + "\n")
@@ -27,16 +31,16 @@ def few_smears(bccd_root, tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_fresh_run_on_a_few_smears(few_smears, vgg_weights, tmp_path):
-    for name in (NOTEBOOK.name, "execute_ssd_notebook.py"):
-        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "execute_ssd_notebook.py", tmp_path)
+    small_notebook(tmp_path, to_the_end=False)
     before = (tmp_path / NOTEBOOK.name).read_bytes()
     settings = [
         "NUM_EPOCHS=2",
         "PASSES_PER_EPOCH=1",
         "TRAINING=fresh",
-        "BOOTSTRAP_SAMPLES=20",
         "SAVE_EVERY=1",
         "BATCH_SIZE=4",
     ]
@@ -51,10 +55,10 @@ def test_a_fresh_run_on_a_few_smears(few_smears, vgg_weights, tmp_path):
     # a run with overrides never touches the page
     assert (tmp_path / NOTEBOOK.name).read_bytes() == before
     assert not (tmp_path / "checkpoints").exists()
-    (metrics_file,) = (tmp_path / "runs").rglob("metrics.json")
-    metrics = json.loads(metrics_file.read_text(encoding="utf-8"))
-    assert metrics["training"]["epochs"] == 2 and metrics["test"]["images"] == 6
-    files = {path.name for path in metrics_file.parent.iterdir()}
+    (detector,) = (tmp_path / "runs").rglob("best_model.pth")
+    trained = torch.load(detector, weights_only=True)["trained"]
+    assert trained["epochs"] == 2 and trained["weights"] == "ImageNet features"
+    files = {path.name for path in detector.parent.iterdir()}
     assert {"best_model.pth", "last.pth", "ssd300_epoch_1.pth", "ssd300_epoch_2.pth"} <= files
     assert not [name for name in files if name.endswith(".tmp")]
     (page,) = (tmp_path / "runs").rglob("*.ipynb")

@@ -267,28 +267,29 @@ def failing_copy(monkeypatch, place, failures):
     monkeypatch.setattr(shutil, "copyfile", copy)
 
 
-def test_a_write_in_place_that_breaks_off_is_taken_back(mounted, monkeypatch, capsys):
+def failing_run(mounted, monkeypatch, capsys, failures):
+    """A run whose result cannot be copied in place. Returns (the notebook before, what was said)."""
     mounted.write("print('ran')")
     before = mounted.notebook.read_bytes()
-    failing_copy(monkeypatch, mounted, 1)
+    failing_copy(monkeypatch, mounted, failures)
     code, out, err = mounted.call(capsys)
     assert code == 11
+    assert outputs(mounted.folder / "study.failed.ipynb") == "ran\n"
+    return before, err
+
+
+def test_a_write_in_place_that_breaks_off_is_taken_back(mounted, monkeypatch, capsys):
+    before, err = failing_run(mounted, monkeypatch, capsys, failures=1)
     assert "study.ipynb cannot be replaced (No space left on device): make room" in err
     assert mounted.notebook.read_bytes() == before
-    assert outputs(mounted.folder / "study.failed.ipynb") == "ran\n"
     assert mounted.left_over() == []
 
 
 def test_nothing_is_lost_where_that_cannot_be_taken_back(mounted, monkeypatch, capsys):
-    mounted.write("print('ran')")
-    before = mounted.notebook.read_bytes()
-    failing_copy(monkeypatch, mounted, 2)
-    code, out, err = mounted.call(capsys)
-    assert code == 11
+    before, err = failing_run(mounted, monkeypatch, capsys, failures=2)
     kept = mounted.folder / ".study.ipynb.before"
     assert f"its old content is in {kept}" in err
     assert kept.read_bytes() == before
-    assert outputs(mounted.folder / "study.failed.ipynb") == "ran\n"
 
 
 # -- what a failed run leaves

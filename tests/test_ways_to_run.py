@@ -41,7 +41,7 @@ NotebookClient(notebook, timeout=None, kernel_name="python3").execute()
 nbformat.write(notebook, path)
 """
 
-pytestmark = pytest.mark.timeout(1800)  # of the machine that is busy with the others
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,9 @@ def small_notebook(folder, to_the_end, **constants):
             cell.execution_count = None
         if "parameters" in cell.metadata.get("tags", ()):
             parameters = cell
+        if cell.source.startswith("student = "):  # the first look at a few training steps
+            assert cell.source.count("range(5)") == 1
+            cell.source = cell.source.replace("range(5)", "range(1)")
     for name, value in {**SMALL, **constants}.items():
         pattern = rf"^{name} = [^#\n]*"
         parameters.source, count = re.subn(
@@ -158,6 +161,7 @@ def test_b_the_notebook_and_the_script(mirror, environment, tmp_path):
     check_page(tmp_path)
     metrics = json.loads((tmp_path / "checkpoints" / "metrics.json").read_text("utf-8"))
     assert metrics["training"]["weights"] == "random numbers"
+    assert metrics["test"]["images"] == 2
     checked = run([sys.executable, SCRIPT, "--check"], tmp_path, environment)
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
