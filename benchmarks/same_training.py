@@ -13,7 +13,8 @@ the same outputs at many positions) mining may take any, and another way of sort
 the new code trains twice: as it is, and with the old edition's `mine_negatives`. Without the ties
 the weights must be equal bit for bit; with them, the differences are what such a choice alone brings.
 
---speed times steps of both and detections of both in turn, in float32 and bfloat16, and stops there.
+--speed times in turn steps of both, and detections of both with the committed detector, in float32
+and bfloat16, and stops there.
 
 --accept adds the new recipe to checkpoints/accepted_recipes.json, by the fingerprint of
 checkpoints/best_model.pth, if the weights without the ties are equal bit for bit.
@@ -91,13 +92,17 @@ class Side:
             return self.nb.validation_loss(model, self.val_data, torch.float32, range(images))
         return self.nb.validate(self.run, [self.val_data.batch(range(images))])
 
+    @functools.cached_property
+    def detector(self):
+        """The committed detector."""
+        return self.nb.load_detector(ROOT / "checkpoints" / "best_model.pth")[0]
+
     def detect(self, images, dtype):
-        """Detections of the network under training, computed in dtype."""
-        model = self.run.model.eval()
+        """Detections of the committed detector, computed in dtype."""
         if hasattr(self.nb, "EveryCellDataset"):
-            return self.nb.detect(model, images, dtype=dtype)
+            return self.nb.detect(self.detector, images, dtype=dtype)
         self.nb.detection_precision = lambda device: dtype
-        return self.nb.detect(model, images)
+        return self.nb.detect(self.detector, images)
 
     def weights(self):
         """{name: tensor} of what is trained."""
