@@ -419,7 +419,13 @@ def test_the_histogram_covers_every_number():
 def start(model, *arguments):
     """The command as a process of its own."""
     command = [sys.executable, str(PROGRAM), "--model", str(model), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=hear_signals)
+
+
+def hear_signals():
+    """What a shell starts in the background ignores Ctrl-C, the tests with it: not so here."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_killed_runs_lose_nothing_and_leave_no_process(model, tmp_path):
