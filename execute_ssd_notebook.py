@@ -1524,7 +1524,7 @@ class Execution:
     def explain(self, error: Exception) -> Exception:
         """A cell's failure, or how the kernel ended and what it said last."""
         if hasattr(error, "ename"):  # nbclient's CellExecutionError
-            said = one_line(f"{error.ename}: {error.evalue}").rstrip(" :.")
+            said = one_line(f"{error.ename}: {error.evalue}", 600).rstrip(" :.")
             if error.ename in ("MemoryError", "OutOfMemoryError"):
                 sentence = f"{self.current_name()} ran out of memory ({said})"
                 return KernelDied(sentence, OUT_OF_MEMORY)

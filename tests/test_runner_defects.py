@@ -106,6 +106,14 @@ def test_5_the_notebooks_own_faults_have_their_codes(place, error, code):
     assert f"failed with {error}: mend it." in done.stderr
 
 
+def test_5_their_sentences_are_shown_to_the_end(place):
+    """What to do stands at the end of a sentence that begins with a long path."""
+    place.write(f"raise ValueError({'a/' * 100 + 'img.xml: mend it'!r})")
+    done = place.run()
+    assert done.returncode == 6, done.stderr
+    assert "img.xml: mend it. Outputs so far" in done.stderr
+
+
 def test_6_and_7_nothing_is_downloaded_for_a_detector_that_is_reused(place):
     """Whether it trains, and from what, is the notebook's to say: the runner asks no server."""
     place.env["VGG16_WEIGHTS_URL"] = "http://127.0.0.1:9/vgg16_features-88682ab5.pth"
