@@ -5,7 +5,7 @@
 #     "onnxruntime>=1.17",
 #     "opencv-python-headless>=4.8",
 #     "numpy>=1.26",
-#     "pillow>=10.3",
+#     "pillow>=11",
 #     "tifffile>=2023.7.10",
 #     "tqdm>=4.65",
 # ]
@@ -44,7 +44,9 @@ import concurrent.futures
 import contextlib
 import csv
 import dataclasses
+import errno
 import functools
+import glob
 import hashlib
 import html
 import io
@@ -55,7 +57,9 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import platform
+import re
 import signal
+import struct
 import sys
 import tempfile
 import threading
@@ -85,6 +89,7 @@ PROGRAM_FOLDER = Path(__file__).resolve().parent
 MODEL_NAMES = ("ssd300_int8.onnx", "ssd300.onnx")  # looked for in this order
 
 MAX_PIXELS = 500_000_000  # larger pictures are refused: 20,000 x 20,000 has 400 million
+MOST_SAMPLES = 32  # values a pixel of a TIFF: colours, other channels, layers
 LARGE_PIXELS = 40_000_000  # pictures from here on are counted one at a time
 LARGEST_FIELD = 6000  # pixels; of a larger picture smaller and smaller fields are tried
 SMALLEST_FIELD = 60  # pixels; below it there is nothing to see in a field
@@ -118,6 +123,10 @@ class OutputError(CountError):
     """The results cannot be written."""
 
     exit_code = EXIT_OUTPUT
+
+
+class UnusableNameError(OutputError):
+    """A file system refuses the name of one result; others can be written."""
 
 
 class PictureError(CountError):
@@ -200,6 +209,28 @@ def looks_like_a_picture(path):
     return is_webp or start.startswith(SIGNATURES)
 
 
+def scale_for(bright):
+    """The smallest full scale that holds a value, the value itself beyond 16 bits."""
+    for scale in FULL_SCALES:
+        if bright <= scale:
+            return scale
+    return bright
+
+
+def white_from_zero(values):
+    """Values (H, W, ...) of a picture whose white is zero, with black as zero.
+
+    Cells, which are the darkest, may cover little of it: all but one of a thousand values
+    decide which full scale is black.
+    """
+    if values.dtype.kind != "u":
+        return values.max() - values
+    step = max(1, round(math.sqrt(values.size / 2_000_000)))
+    darkest = float(np.percentile(values[::step, ::step], 99.9))
+    black = np.array(scale_for(darkest)).astype(values.dtype)
+    return black - np.minimum(values, black)
+
+
 def full_scale(values):
     """The value that is white in an array of more than eight bits a pixel.
 
@@ -212,11 +243,7 @@ def full_scale(values):
     if sample.size == 0:
         return 1.0
     bright = float(np.percentile(sample, 99))
-    white = bright
-    for candidate in FULL_SCALES:
-        if bright <= candidate:
-            white = candidate
-            break
+    white = scale_for(bright)
     if values.dtype.kind == "f" and bright <= 1:
         white = 1
     if bright < 0.6 * white:
@@ -273,7 +300,12 @@ def orientation_of(image):
 
 
 def number_of_pages(image):
-    """Pages or frames of a Pillow image; 1 where their directory is damaged."""
+    """Pages or frames of a Pillow image; 1 where their directory is damaged.
+
+    The others of an MPO, a phone's JPEG, are previews or other views of the first.
+    """
+    if image.format == "MPO":
+        return 1
     try:
         return getattr(image, "n_frames", 1)
     except Exception:  # a file that was cut off: its first page may be whole
@@ -315,12 +347,56 @@ def rgb_pixels(image):
     return pixels
 
 
+def file_bytes(source):
+    """The bytes (n,) uint8 of a file or of bytes, an array that may be changed."""
+    if isinstance(source, bytes):
+        return np.frombuffer(bytearray(source), np.uint8)
+    return np.fromfile(source, np.uint8)
+
+
 def read_with_opencv(source):
     """A picture of more than eight bits, (H, W, 3) or (H, W), RGB, by OpenCV."""
-    if isinstance(source, bytes):
-        data = np.frombuffer(source, np.uint8)
-    else:
-        data = np.fromfile(source, np.uint8)
+    return decode_with_opencv(file_bytes(source))
+
+
+def read_pages_with_opencv(source, tiff, pages):
+    """Pages of a TIFF, not turned: (H, W), (H, W, 3) or, of several pages, (H, W, pages).
+
+    OpenCV reads the page that the file's head names, and turns it as its orientation
+    says: in a copy of the bytes both are written anew.
+    """
+    data = file_bytes(source)
+    values = []
+    for page in pages:
+        if page.parent is not tiff:
+            raise PictureError("its channels are compressed files: save them uncompressed")
+        page = page.aspage()
+        if tiff.is_bigtiff:
+            overwrite(data, 8, tiff.byteorder + "Q", page.offset)
+        else:
+            overwrite(data, 4, tiff.byteorder + "I", page.offset)
+        if ORIENTATION_TAG in page.tags:
+            orientation = page.tags[ORIENTATION_TAG]
+            overwrite(data, orientation.valueoffset, tiff.byteorder + "H", 1)
+        values.append(decode_with_opencv(data))
+    return stacked(values)
+
+
+def overwrite(data, place, kind, number):
+    """Write a number into bytes (n,) uint8; kind: a format of `struct`."""
+    content = struct.pack(kind, number)
+    data[place : place + len(content)] = np.frombuffer(content, np.uint8)
+
+
+def stacked(values):
+    """One array as it is, several channels (H, W) as (H, W, channels)."""
+    if len(values) == 1:
+        return values[0]
+    return np.stack(values, axis=-1)
+
+
+def decode_with_opencv(data):
+    """What OpenCV reads from the bytes (n,) uint8 of a file, in RGB."""
     values = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
     if values is None:
         raise PictureError("its compression is not known here: save it uncompressed")
@@ -379,60 +455,74 @@ def has_channel_pages(tiff):
     """Whether the pages of a TIFF are red, green and blue, as OME and ImageJ write them."""
     try:
         series = tiff.series[0]
-        if "C" not in series.axes or len(series.pages) < 3:
+        if "C" not in series.axes or "S" in series.axes or len(series.pages) < 3:
             return False
         return series.shape[series.axes.index("C")] in (3, 4)
     except Exception:  # damaged descriptions: the first page is read by itself
         return False
 
 
-def check_that_it_is_whole(tiff, page):
+def first_plane(tiff):
+    """The pages of a TIFF's first plane, and how many planes or pages there are.
+
+    One page, or the three or four that are its channels; other depths and times are
+    left out unread.
+    """
+    if not has_channel_pages(tiff):
+        return [tiff.pages.first], len(tiff.pages)
+    series = tiff.series[0]
+    place = series.axes.index("C")
+    channels = series.shape[place]
+    page_axes = len(series.keyframe.shape)
+    outer = series.shape[:-page_axes]
+    if place >= len(outer) or math.prod(outer) != len(series.pages):
+        return [tiff.pages.first], len(tiff.pages)
+    step = math.prod(outer[place + 1 :])
+    pages = [series.pages[channel * step] for channel in range(channels)]
+    if None in pages:
+        raise PictureError("a file with one of its channels is missing")
+    return pages, math.prod(outer) // channels
+
+
+def check_that_it_is_whole(page):
     """Raise PictureError if the pixels of a page lie beyond the end of the file."""
-    size = tiff.filehandle.size
+    size = page.parent.filehandle.size
     for offset, count in zip(page.dataoffsets, page.databytecounts, strict=False):
         if offset + count > size:
             raise PictureError("the file was cut off")
 
 
 def channels_last(values, axes):
-    """One plane of a TIFF's array -> ((H, W) or (H, W, samples), what was left out).
+    """One plane of a page's array, (H, W) or (H, W, samples).
 
-    axes: tifffile's letters, one for each dimension; S samples, C channels, Y, X.
+    axes: tifffile's letters, one for each dimension; S samples, Y, X.
     """
     axes = list(axes)
-    colour = "S" if "S" in axes else "C"
-    if colour == "C" and "C" in axes:
-        channels = values.shape[axes.index("C")]
-        if channels not in (3, 4):  # not red, green, blue: channels are pages
-            colour = "S"
-    left_out = 1
     for letter in list(axes):
-        if letter in ("Y", "X", colour):
+        if letter in ("Y", "X", "S"):
             continue
         place = axes.index(letter)
-        left_out *= values.shape[place]
         values = values.take(0, axis=place)
         axes.pop(place)
-    if colour in axes:
-        values = np.moveaxis(values, axes.index(colour), -1)
-    return values, left_out
+    if "S" in axes:
+        values = np.moveaxis(values, axes.index("S"), -1)
+    return values
 
 
 def read_with_tifffile(source, tiff):
     """A TIFF of deep colours or separate planes: (picture uint8 RGB, pages)."""
-    page = tiff.pages.first
+    plane, pages = first_plane(tiff)
+    page = plane[0].keyframe  # it describes the others too
     check_size(page.imagewidth, page.imagelength)
-    check_that_it_is_whole(tiff, page)
+    for part in plane:
+        check_that_it_is_whole(part)
+    samples = page.samplesperpixel * page.imagedepth
+    if samples > MOST_SAMPLES:
+        raise PictureError(f"it has {samples} values a pixel: save it as RGB")
     if page.photometric not in PLAIN_COLOURS:
         raise PictureError("its colours are neither grey nor RGB: save it as RGB")
-    pages = 1
     try:
-        if has_channel_pages(tiff):
-            series = tiff.series[0]
-            values, pages = channels_last(series.asarray(), series.axes)
-        else:
-            values, _ = channels_last(page.asarray(), page.axes)
-            pages = len(tiff.pages)
+        values = stacked([channels_last(part.asarray(), page.axes) for part in plane])
     except (KeyError, ValueError) as fault:
         if "imagecodecs" not in str(fault):
             raise
@@ -441,10 +531,9 @@ def read_with_tifffile(source, tiff):
                 "its colour planes are compressed in a way that is not read here: save "
                 "it uncompressed"
             ) from None
-        values = read_with_opencv(source)
+        values = read_pages_with_opencv(source, tiff, plane)
     if page.photometric == 0:  # white is zero
-        white = np.iinfo(values.dtype).max if values.dtype.kind == "u" else values.max()
-        values = white - values
+        values = white_from_zero(values)
     if values.ndim == 3 and values.shape[2] == 4:
         has_alpha = bool(page.extrasamples) and int(page.extrasamples[0]) != 0
         if has_alpha and values.dtype.kind == "u":
@@ -487,12 +576,20 @@ def in_a_few_words(fault, source):
     return reason[:120]
 
 
+def fault_in_words(fault, source):
+    """An unforeseen fault's name and reason."""
+    return f"{type(fault).__name__}: {in_a_few_words(fault, source)}"
+
+
 def read_picture(source):
     """A picture of any format and depth, upright.
 
     source: a path, or the bytes of a file. Returns (image (H, W, 3) uint8 RGB, a remark
     about pages that were left out or ""). Raises PictureError with the reason.
     """
+    reason = None if isinstance(source, bytes) else needs_conversion(source)
+    if reason:
+        raise PictureError(reason)
     try:
         start = file_start(source)
         if len(start) == 0:
@@ -685,7 +782,7 @@ def check_settings(text, name):
 def open_session(path, threads):
     """An ONNX Runtime session on the CPU. Raises ModelError."""
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ModelError(f"There is no model {path}: name one with --model.")
     try:
         import onnxruntime  # here: only workers need it, and its import takes memory
@@ -1202,12 +1299,15 @@ class CellCounter:
 
         field: the [width, height] in pixels that shows as much as the usual image of the
         training data; by default it is found on the picture, which takes a second pass.
+        A given field in which the cells do not come out as large as usual is replaced by
+        the one found on the picture; the result's `field` and `remark` say so.
         """
         image = checked_image(image)
         height, width = image.shape[:2]
         own_field = None
         remarks = []
-        if field is None:
+        was_given = field is not None
+        if not was_given:
             if not is_noise(image, self.settings):
                 own_field = find_field(self.detector, image)
             field = own_field
@@ -1215,8 +1315,8 @@ class CellCounter:
             field = whole_field(width, height, self.settings["usual"])
             remarks.append("no cells of a usual size: do not trust the counts")
         cells = self.find(image, field)
-        if own_field is None:
-            other_field = self.other_scale(image, cells, field, bool(remarks))
+        if was_given:
+            other_field = self.other_scale(image, cells, field)
             if other_field:
                 field = other_field
                 cells = self.find(image, field)
@@ -1232,14 +1332,14 @@ class CellCounter:
         overlap = self.settings["count_overlap"]
         return find_in_picture(self.detector.find, image, field, overlap)
 
-    def other_scale(self, image, cells, field, nothing_fits):
+    def other_scale(self, image, cells, field):
         """The picture's own field, if its cells are not as large as the given field says."""
         if not self.settings["usual"]["cell_size"]:
             return None
         sizes = relative_sizes(cells, field, self.settings)
         if len(sizes) < 5:
             return None
-        if not nothing_fits and 0.7 < np.median(sizes) < 1.4:
+        if 0.7 < np.median(sizes) < 1.4:
             return None
         if is_noise(image, self.settings):
             return None
@@ -1284,11 +1384,16 @@ class CellCounter:
 
     def count_file(self, name, content):
         """One row of counts.csv for a file's name and content, as a dictionary."""
+        reason = needs_conversion(name)
+        if reason:
+            return {"image": name, "remark": f"not readable: {reason}"}
         try:
             image, pages = read_picture(content)
+            counted = self.count(image)
         except PictureError as fault:
             return {"image": name, "remark": f"not readable: {fault}"}
-        counted = self.count(image)
+        except Exception as fault:  # unforeseen: this file fails, the batch counts
+            return {"image": name, "remark": f"failed: {fault_in_words(fault, content)}"}
         row = {"image": name, "remark": join_remarks(pages, counted.remark)}
         row.update(count_values(counted.counts))
         return row
@@ -1381,14 +1486,14 @@ def files_of_folder(folder, nested, closed):
         if not nested:
             closed += [Path(parent, name) for name in folders]
             break
-        linked = [name for name in folders if Path(parent, name).is_symlink()]
+        linked = [name for name in folders if os.path.islink(Path(parent, name))]
         closed += [Path(parent, name) for name in linked]
     return files
 
 
 def common_folder(inputs):
     """The folder that names are relative to: the only input, or what inputs share."""
-    folders = [path if path.is_dir() else path.parent for path in inputs]
+    folders = [path if os.path.isdir(path) else path.parent for path in inputs]
     folders = [os.path.abspath(folder) for folder in folders]
     try:
         return os.path.commonpath(folders)
@@ -1407,9 +1512,9 @@ def find_pictures(inputs, nested, output):
     closed = []
     files = {}
     for path in inputs:
-        if not path.exists():
+        if not os.path.exists(path):
             raise CountError(f"There is no file or folder {shown_name(path)}.")
-        if path.is_dir():
+        if os.path.isdir(path):
             for file in files_of_folder(path, nested, closed):
                 files[os.path.abspath(file)] = False
         else:
@@ -1434,12 +1539,13 @@ def sort_file(found, name, path, asked_for):
     is_hidden = path.name.startswith(".")
     if is_hidden and not asked_for:
         found.others.append(shown_name(name))
-    elif not path.is_file():
-        broken_link = path.is_symlink() and not path.exists()
-        if broken_link and path.suffix.lower() in PICTURE_ENDINGS:
+    elif not os.path.isfile(path):
+        if os.path.exists(path) or path.suffix.lower() not in PICTURE_ENDINGS:
+            found.others.append(shown_name(name))
+        elif os.path.islink(path):
             found.not_counted[name] = "a link to a file that is not there"
         else:
-            found.others.append(shown_name(name))
+            found.not_counted[name] = "its folder gives no permission to open it"
     elif reason:
         found.not_counted[name] = reason
     elif asked_for or looks_like_a_picture(path):
@@ -1454,12 +1560,12 @@ def default_output(inputs):
     Raises CountError where that lies in a folder of pictures.
     """
     first = Path(os.path.abspath(inputs[0]))
-    folder = first if first.is_dir() else first.parent
+    folder = first if os.path.isdir(first) else first.parent
     if not folder.name:
         raise CountError("Name a folder for the results with --output.")
     output = folder.with_name(f"{folder.name}_cells")
     for path in inputs:
-        if path.is_dir() and str(output).startswith(os.path.abspath(path) + os.sep):
+        if os.path.isdir(path) and str(output).startswith(os.path.abspath(path) + os.sep):
             raise CountError(
                 f"The results would lie in the folder of pictures {shown_name(path)}: name "
                 "another folder with --output."
@@ -1472,8 +1578,15 @@ def default_output(inputs):
 # --------------------------------------------------------------------------------------
 
 
+# What file systems answer to a name with signs that they do not know, or to a long one.
+UNUSABLE_NAME = (errno.EINVAL, errno.ENAMETOOLONG, errno.EILSEQ, errno.ENOENT)
+
+
 def save_whole(path, content):
-    """Write bytes to a file, whole or not at all. Raises OutputError."""
+    """Write bytes to a file, whole or not at all.
+
+    Raises OutputError: UnusableNameError where only the name is at fault.
+    """
     path = Path(path)
     temporary = None
     try:
@@ -1487,6 +1600,11 @@ def save_whole(path, content):
         if temporary:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+        if fault.errno in UNUSABLE_NAME:
+            raise UnusableNameError(
+                f"{shown_name(path)} cannot be written: {fault.strerror}. Name another folder "
+                "with --output."
+            ) from fault
         raise OutputError(
             f"{shown_name(path)} cannot be written: {fault.strerror or fault}. If another "
             "program has it open, close it; then give the same command again."
@@ -1502,13 +1620,24 @@ def current_umask():
 
 def result_path(output, folder, name, ending):
     """Where a picture's result goes: annotated/day2/a.jpg_cells.jpg for day2/a.jpg."""
-    parts = name.strip("/").replace(":", "_").split("/")
-    last = parts[-1]
-    if len(os.fsencode(last)) > 200:  # file systems take 255 bytes
-        digest = hashlib.sha256(os.fsencode(last)).hexdigest()[:12]
-        last = f"{last[:40]}~{digest}"
-    parts[-1] = last + ending
+    parts = [name_anywhere(part) for part in name.strip("/").split("/")]
+    parts[-1] += ending
     return Path(output, folder, *parts)
+
+
+def name_anywhere(name):
+    """A file's name in signs and a length that every file system takes.
+
+    A name that had to be changed ends in a digest of itself: two stay two.
+    """
+    plain = re.sub(r'[<>:"|?*\\\x00-\x1f]', "_", name).rstrip(". ")
+    is_long = len(os.fsencode(plain)) > 200  # file systems take 255 bytes
+    if plain == name and not is_long:
+        return name
+    if is_long:
+        plain = plain[:40]
+    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:12]
+    return f"{plain}~{digest}"
 
 
 def annotated_path(output, name):
@@ -1549,9 +1678,20 @@ def draw_cells(image, counted, settings, longest=2000):
         pen.rectangle(corners, fill=colours[name])
         x += 2 * side + band * 0.2
         text = f"{count.number} {name}"
+        if not can_write(font, name):  # the colour says which class it is
+            text = str(count.number)
         pen.text((x, middle), text, fill="black", font=font, anchor="lm")
         x += pen.textlength(text, font=font) + band * 0.6
     return canvas
+
+
+def can_write(font, text):
+    """Whether a Pillow font has all signs of a text: it draws others as one and the same."""
+    unknown = bytes(font.getmask("\uffff"))
+    for letter in text:
+        if bytes(font.getmask(letter)) == unknown:
+            return False
+    return True
 
 
 def colours_by_class(settings):
@@ -1697,11 +1837,14 @@ def count_task(task):
         record["state"] = "counted"
     except PictureError as fault:
         record.update(state="unreadable", reason=str(fault))
+    except UnusableNameError as fault:
+        why = fault.__cause__.strerror
+        reason = f"its results cannot be written under its name ({why}): rename it"
+        record.update(state="failed", reason=reason)
     except (OutputError, ModelError):
         raise
     except Exception as fault:  # unforeseen: this picture fails, the others count
-        reason = f"{type(fault).__name__}: {in_a_few_words(fault, task.path)}"
-        record.update(state="failed", reason=reason)
+        record.update(state="failed", reason=fault_in_words(fault, task.path))
     return record
 
 
@@ -1733,6 +1876,25 @@ def write_results(name, image, counted, record):
     if options.voc:
         content = voc_xml(name, record["width"], record["height"], record["cells"])
         save_whole(voc_path(options.output, name), content)
+
+
+SHORT_WAIT = 0.5  # seconds: on Windows Ctrl-C is heard only between two waits
+MOST_WORKERS = 61 if os.name == "nt" else None  # Windows waits for no more processes
+
+
+def result_of(future):
+    """What a worker returns or raises, waited for in short waits."""
+    while not future.done():
+        concurrent.futures.wait([future], SHORT_WAIT)
+    return future.result()
+
+
+def number_of_workers(asked, pictures):
+    """So many processes as are asked for or as there are cores, none of them idle."""
+    count = min(asked or cores(), pictures)
+    if MOST_WORKERS:
+        count = min(count, MOST_WORKERS)
+    return count
 
 
 class Workers:
@@ -1771,7 +1933,7 @@ class Workers:
     def describe_model(self):
         """The model's metadata, as a worker reads them. Raises ModelError."""
         try:
-            return self.pool.submit(describe_model).result()
+            return result_of(self.pool.submit(describe_model))
         except BrokenProcessPool:
             raise ModelError(
                 f"{Path(self.options.model).name} cannot be opened: a worker ended when it "
@@ -1788,7 +1950,7 @@ class Workers:
                 task = waiting.popleft()
                 running[self.submit(task)] = task
             done, _ = concurrent.futures.wait(
-                running, return_when=concurrent.futures.FIRST_COMPLETED
+                running, SHORT_WAIT, return_when=concurrent.futures.FIRST_COMPLETED
             )
             suspects = []
             for future in done:
@@ -1817,7 +1979,7 @@ class Workers:
             self.stop()
             self.start()
             try:
-                yield self.pool.submit(count_task, task).result()
+                yield result_of(self.pool.submit(count_task, task))
             except BrokenProcessPool:
                 yield {
                     "name": task.name,
@@ -1834,6 +1996,9 @@ class Workers:
 # --------------------------------------------------------------------------------------
 
 
+JOURNAL_MARK = b'{"journal": "count_cells"'  # so the first line begins
+
+
 class Journal:
     """Records of pictures, one JSON text a line, written as they come.
 
@@ -1846,6 +2011,7 @@ class Journal:
         self.path = Path(output, JOURNAL_NAME)
         self.header = header
         self.places = {}
+        self.latest = {}  # {name: place of the last record of this picture}
         self.reason_to_start_anew = ""
         try:
             Path(output).mkdir(parents=True, exist_ok=True)
@@ -1862,8 +2028,13 @@ class Journal:
         self.file.seek(0)
         first = self.file.readline()
         earlier = parse_line(first)
+        if not (first.startswith(JOURNAL_MARK) or JOURNAL_MARK.startswith(first)):
+            raise OutputError(
+                f"{shown_name(self.path.parent)} holds a {JOURNAL_NAME} of another program: "
+                "name another folder with --output."
+            )
         if not first:
-            self.start_anew()
+            self.append(self.header)
         elif fresh:
             self.reason_to_start_anew = "as --fresh asks"
             self.start_anew()
@@ -1880,23 +2051,26 @@ class Journal:
             record = parse_line(self.file.readline())
             if record is None:
                 break
-            self.places[record_key(record)] = place
+            self.note(record, place)
         self.file.truncate(place)
         self.file.seek(0, os.SEEK_END)
 
     def start_anew(self):
         """Forget all records and remove the files that belong to them."""
+        output = self.path.parent
+        for name in ("counts.csv", "detections.csv", "report.html"):
+            Path(output, name).unlink(missing_ok=True)
         self.file.seek(0)
         self.file.readline()
         while True:
             record = parse_line(self.file.readline())
             if record is None:
                 break
-            output = self.path.parent
-            for path in (annotated_path, voc_path):
-                path(output, record["name"]).unlink(missing_ok=True)
+            for path_of in (annotated_path, voc_path):
+                path = path_of(output, record["name"])
+                if os.path.lexists(path):
+                    path.unlink()
         self.file.truncate(0)
-        self.places = {}
         self.append(self.header)
 
     def append(self, content):
@@ -1915,7 +2089,23 @@ class Journal:
 
     def add(self, record):
         """Write the record of a picture."""
-        self.places[record_key(record)] = self.append(record)
+        self.note(record, self.append(record))
+
+    def note(self, record, place):
+        """Note where the record of a picture lies."""
+        self.places[record_key(record)] = place
+        self.latest[record["name"]] = place
+
+    def forget_older(self, task):
+        """Forget the record of a task if the picture was counted otherwise since.
+
+        Its drawing shows that other count. Returns whether there was such a record.
+        """
+        key = task_key(task)
+        if self.places.get(key) == self.latest.get(task.name):
+            return False
+        del self.places[key]
+        return True
 
     def get(self, task):
         """The last record of a picture, counted at the scale of the task, or None."""
@@ -1926,23 +2116,36 @@ class Journal:
         return parse_line(self.file.readline())
 
     def done(self, task, voc):
-        """The record of a task that need not be done again, or None."""
+        """The record of a task that need not be done again, or None.
+
+        A picture that was not counted is tried again: the fault may have passed.
+        """
         record = self.get(task)
-        if record is None or record["state"] == "failed":
+        if record is None or record["state"] != "counted":
             return None
         if record["stamp"] != task.stamp:
             return None
-        if record["state"] == "counted":
-            output = self.path.parent
-            if not annotated_path(output, task.name).is_file():
-                return None
-            if voc and not voc_path(output, task.name).is_file():
-                return None
+        output = self.path.parent
+        if not os.path.isfile(annotated_path(output, task.name)):
+            return None
+        if voc and not os.path.isfile(voc_path(output, task.name)):
+            return None
         return record
 
     def close(self):
         """Close the file, and let others write to it."""
-        self.file.close()
+        with contextlib.suppress(OSError):  # a full disk, of which `append` has told
+            self.file.close()
+
+
+def model_of_journal(output):
+    """The digest of the model that counted what lies in a folder, or None."""
+    try:
+        with open(Path(output, JOURNAL_NAME), "rb") as file:
+            header = parse_line(file.readline())
+    except OSError:
+        return None
+    return header.get("model") if header else None
 
 
 def task_key(task):
@@ -2017,7 +2220,7 @@ class Run:
             self.tasks[name] = make_task(name, path)
             self.sizes[name] = picture_size(path)
         self.undone = set(self.tasks)
-        self.reused = 0
+        self.reused = set()  # names of pictures that an earlier run has counted
         self.progress = tqdm(
             total=len(self.tasks), unit="picture", desc="counting", disable=None, leave=False
         )
@@ -2030,6 +2233,15 @@ class Run:
             else:
                 fields = self.decide_fields()
                 self.count_tasks(self.followers(fields))
+            self.count_tasks(self.drawn_otherwise())
+
+    def drawn_otherwise(self):
+        """Forget the records that the drawings do not show. Returns their tasks."""
+        tasks = []
+        for task in self.tasks.values():
+            if self.journal.forget_older(task):
+                tasks.append(task)
+        return tasks
 
     def records(self):
         """The record of each picture, in the order of names."""
@@ -2106,7 +2318,7 @@ class Run:
         for task in tasks:
             if self.journal.done(task, self.voc):
                 if task.name in self.undone:
-                    self.reused += 1
+                    self.reused.add(task.name)
                 self.note_done(task.name)
             elif self.pixels(task.name) >= LARGE_PIXELS:
                 large.append(dataclasses.replace(task, threads=cores()))
@@ -2125,6 +2337,7 @@ class Run:
     def keep(self, record):
         """Write a record to the journal."""
         self.journal.add(record)
+        self.reused.discard(record["name"])
         self.note_done(record["name"])
 
     def note_done(self, name):
@@ -2250,12 +2463,16 @@ def whole_table(path):
             f"{shown_name(path)} cannot be written: {fault.strerror or fault}. If another "
             "program has it open, close it; then give the same command again."
         ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_tables(output, records, not_counted, settings):
     """Write counts.csv and detections.csv from records in the order of names.
 
-    Returns (lines of the report [Line], Totals).
+    A spreadsheet takes a name that begins with = + - or @ for a formula: such a name is
+    led by an apostrophe in both tables. Returns (lines of the report [Line], Totals).
     """
     class_names = settings["class_names"]
     totals = Totals(class_names)
@@ -2276,25 +2493,35 @@ def write_tables(output, records, not_counted, settings):
         for name, reason in sorted(not_counted.items()):
             line = Line(shown_name(name), "unreadable", [], reason)
             lines.append(line)
-            counts_table.writerow({"image": line.name, "remark": f"not readable: {reason}"})
+            remark = f"not readable: {reason}"
+            counts_table.writerow({"image": no_formula(line.name), "remark": remark})
         counts_table.writerow(totals.row())
     return lines, totals
+
+
+def no_formula(name):
+    """A name as it stands in a table: no formula of a spreadsheet."""
+    if name.startswith(("=", "+", "-", "@")):
+        return f"'{name}"
+    return name
 
 
 def write_record(counts_table, detections_table, record, class_names):
     """Write one picture's rows to both tables. Returns its Line."""
     name = shown_name(record["name"])
+    name_in_table = no_formula(name)
     if record["state"] != "counted":
         words = {"unreadable": "not readable", "failed": "failed"}[record["state"]]
-        counts_table.writerow({"image": name, "remark": f"{words}: {record['reason']}"})
+        remark = f"{words}: {record['reason']}"
+        counts_table.writerow({"image": name_in_table, "remark": remark})
         return Line(name, record["state"], [], record["reason"])
-    row = {"image": name, "remark": record["remark"]}
+    row = {"image": name_in_table, "remark": record["remark"]}
     counts = [record["counts"][class_name] for class_name in class_names]
     for class_name, (number, least, most) in zip(class_names, counts, strict=True):
         row.update(count_values({class_name: Count(number, least, most)}))
     counts_table.writerow(row)
     for cell in record["cells"]:
-        detections_table.writerow([name, *cell])
+        detections_table.writerow([name_in_table, *cell])
     return Line(name, "counted", counts, record["remark"])
 
 
@@ -2628,6 +2855,27 @@ def footer(settings):
 # --------------------------------------------------------------------------------------
 
 
+def named_path(text):
+    """The path of an argument; an empty one, of a variable without value, is refused."""
+    if not text:
+        raise argparse.ArgumentTypeError("a name is empty: give a file or a folder")
+    return Path(text)
+
+
+def expanded(inputs):
+    """The inputs with the files that stand for *.jpg, which Windows hands on as it is."""
+    paths = []
+    for path in inputs:
+        matches = []
+        if not os.path.exists(path):
+            matches = sorted(glob.glob(str(path)))
+        if matches:
+            paths += [Path(match) for match in matches]
+        else:
+            paths.append(path)
+    return paths
+
+
 def parse_arguments(arguments):
     """The command line's options."""
     parser = argparse.ArgumentParser(
@@ -2635,7 +2883,7 @@ def parse_arguments(arguments):
         epilog="Exit codes: 0 all counted, 3 some pictures could not be counted, 4 none "
         "was, 2 wrong command, 5 model, 6 results cannot be written, 130 and 143 stopped.",
     )
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="PICTURES")
+    parser.add_argument("inputs", nargs="+", type=named_path, metavar="PICTURES")
     parser.add_argument("-o", "--output", type=Path, help="default: PICTURES_cells")
     parser.add_argument("-m", "--model", type=Path, help="an exported ONNX file")
     parser.add_argument("--nested", action="store_true", help="also folders in folders")
@@ -2667,25 +2915,32 @@ def models_beside(folder):
     found = []
     for name in MODEL_NAMES:
         for place in (folder / name, folder / "checkpoints" / name):
-            if place.is_file():
+            if os.path.isfile(place):
                 found.append(place)
                 break
     return found
 
 
 def speed_file():
-    """Where the speeds of models on this machine are remembered."""
-    if os.name == "nt":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home()))
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return base / "count_cells" / "speed.json"
+    """Where the speeds of models on this machine are remembered.
+
+    In the user's cache, or among the temporary files of a user without a home.
+    """
+    base = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):
+        try:
+            base = Path.home() / ".cache"
+        except RuntimeError:
+            base = tempfile.gettempdir()
+    return Path(base, "count_cells", "speed.json")
 
 
-def choose_model(named, folder=PROGRAM_FOLDER):
+def choose_model(named, folder=PROGRAM_FOLDER, earlier=None):
     """The model that is named, or the one beside the program, of two the faster one.
 
-    Two are timed once on a machine, and the result is remembered. Raises ModelError.
+    earlier: the digest of the model of a run that may go on; of two it is taken, if it
+    is one of them. Else two are timed once on a machine, and the result is remembered.
+    Raises ModelError.
     """
     if named is not None:
         return named
@@ -2697,6 +2952,10 @@ def choose_model(named, folder=PROGRAM_FOLDER):
         )
     if len(found) == 1:
         return found[0]
+    if earlier:
+        for path in found:
+            if digest_of(path) == earlier:
+                return path
     eight_bits, full = found
     if remembered_speed(eight_bits, full) > 1.15:
         return full
@@ -2724,7 +2983,7 @@ def measured_speed(eight_bits, full):
     for path in (eight_bits, full):
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-            seconds.append(pool.submit(seconds_a_field, path).result())
+            seconds.append(result_of(pool.submit(seconds_a_field, path)))
     return seconds[0] / seconds[1]
 
 
@@ -2742,29 +3001,30 @@ def stop_on_signal(number, frame):
     raise Terminated
 
 
-class Terminated(Exception):
-    """The run was asked to end by a signal."""
+class Terminated(BaseException):
+    """The run was asked to end by a signal; as Ctrl-C it passes by `except Exception`."""
 
 
 def run_command(options):
     """Count what the command names. Returns the exit code; raises CountError."""
     started = time.perf_counter()
-    inputs = options.inputs
+    inputs = expanded(options.inputs)
     for path in inputs:
-        if not path.exists():
+        if not os.path.exists(path):
             raise CountError(f"There is no file or folder {shown_name(path)}.")
     output = options.output or default_output(inputs)
-    if output.exists() and not output.is_dir():
+    if os.path.exists(output) and not os.path.isdir(output):
         raise OutputError(f"{shown_name(output)} is no folder: name one with --output.")
-    model = choose_model(options.model)
-    if not Path(model).is_file():
+    earlier = None if options.fresh else model_of_journal(output)
+    model = choose_model(options.model, earlier=earlier)
+    if not os.path.isfile(model):
         raise ModelError(f"There is no model {shown_name(model)}.")
     found = find_pictures(inputs, options.nested, output)
     if not found.pictures:
         print_no_pictures(found)
         return EXIT_NONE_COUNTED
     output = Path(os.path.abspath(output))
-    count = min(options.workers or cores(), len(found.pictures))
+    count = number_of_workers(options.workers, len(found.pictures))
     worker_options = Options(str(model), str(output), options.voc)
     with Workers(count, worker_options) as workers:
         settings = workers.describe_model()
@@ -2782,7 +3042,7 @@ def run_command(options):
             run.count()
             lines = finish(run, found, output, settings)
     seconds = time.perf_counter() - started
-    again = f", {run.reused} of them in an earlier run" if run.reused else ""
+    again = f", {len(run.reused)} of them in an earlier run" if run.reused else ""
     print(
         f"{len(found.pictures)} pictures in {seconds:.1f} s by {model.name} "
         f"({settings['precision']}), {count} workers{again}"

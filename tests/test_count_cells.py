@@ -216,6 +216,54 @@ def test_a_batch_of_files_is_counted_as_ray_data_gives_it(counter, tmp_path):
     assert columns["remark"][0] == "" and columns["remark"][1].startswith("not readable")
 
 
+def test_a_file_that_fails_unforeseen_does_not_end_the_batch(model, tmp_path, monkeypatch):
+    Image.fromarray(picture(640, 480, SQUARES)).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    counter = CellCounter(model)
+    results = [RuntimeError("nobody foresaw this"), counter.count(picture(640, 480, SQUARES))]
+
+    def fail_once(image):
+        result = results.pop(0)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    monkeypatch.setattr(counter, "count", fail_once)
+    names = np.array(["a.png", "b.png", "c.nef"])
+    columns = counter({"path": names, "bytes": np.array([content] * 3, dtype=object)})
+    assert columns["remark"][0] == "failed: RuntimeError: nobody foresaw this"
+    assert columns["RBC"][1] == 3 and columns["remark"][1] == ""
+    assert columns["remark"][2].startswith("not readable: a camera's raw data")
+
+
+def test_scales_are_searched_for_once_where_none_fits(model, monkeypatch):
+    counter = CellCounter(model)
+    searches = []
+    monkeypatch.setattr(count_cells, "find_field", lambda *given: searches.append(given))
+    image = rows_of_squares(80, 640, 480, 110)[0]
+    assert "no cells of a usual size" in counter.count(image).remark and len(searches) == 1
+
+
+def test_names_that_the_font_cannot_write_are_left_out_of_a_drawing(counter, monkeypatch):
+    """They came out as boxes: the number and the colour say it."""
+    texts = []
+    write = count_cells.ImageDraw.ImageDraw.text
+
+    def watch(pen, place, text, **options):
+        texts.append(text)
+        write(pen, place, text, **options)
+
+    monkeypatch.setattr(count_cells.ImageDraw.ImageDraw, "text", watch)
+    image = picture(640, 480, SQUARES)
+    counted = counter.count(image)
+    names = ["RBC", "\u8840", "\u044d\u0440"]
+    counted.counts = dict(zip(names, counted.counts.values(), strict=True))
+    values = settings(class_names=names)
+    counted.classes = ["RBC"] * 3
+    count_cells.draw_cells(image, counted, values)
+    assert texts == ["3 RBC", "0", "0"]
+
+
 def test_what_is_no_image_is_refused_in_a_sentence(counter):
     for image in (np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8), np.zeros(4, np.uint8)):
         with pytest.raises(count_cells.CountError, match="uint8 RGB"):

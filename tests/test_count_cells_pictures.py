@@ -148,6 +148,12 @@ def test_white_may_be_zero(tmp_path):
     assert image[0, 0, 0] > 200 and image[10, 15, 0] < 60
 
 
+def test_white_may_be_zero_in_twelve_bits_of_sixteen(tmp_path):
+    """Its black was taken for 65535: all came out between 240 and 255."""
+    tifffile.imwrite(tmp_path / "a.tif", 4095 - DEEP[..., 0] * 16, photometric="miniswhite")
+    assert agrees(tmp_path / "a.tif")
+
+
 def test_colours_that_are_no_rgb_are_refused_in_a_sentence(tmp_path):
     inks = np.zeros((48, 64, 4), np.uint16)
     tifffile.imwrite(tmp_path / "a.tif", inks, photometric="separated")
@@ -168,6 +174,52 @@ def test_pages_and_channels(tmp_path):
     tifffile.imwrite(tmp_path / "a.ome.tif", planes, metadata={"axes": "CYX"})
     image = read_picture(tmp_path / "a.ome.tif")[0]
     assert np.abs(image.astype(int) - BASE).max() <= 3
+
+
+COLOURS = np.stack([DEEP[..., 0], DEEP[..., 0] // 2, 255 - DEEP[..., 0]]) * 257  # (3, 48, 64)
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", None])
+def test_packed_channels_are_red_green_and_blue(tmp_path, compression):
+    """OpenCV, which unpacks LZW, gave the red one as a grey picture."""
+    frames = [Image.fromarray(channel) for channel in COLOURS]
+    options = {"save_all": True, "append_images": frames[1:], "compression": compression}
+    note = "ImageJ=1.53\nimages=3\nchannels=3\nhyperstack=true\nmode=composite\n"
+    frames[0].save(tmp_path / "a.tif", tiffinfo={270: note}, **options)
+    assert agrees(tmp_path / "a.tif", np.moveaxis(COLOURS // 257, 0, -1))
+
+
+def test_of_a_stack_the_first_plane_alone_is_read(tmp_path, monkeypatch):
+    """All depths and times were read, as much as the file holds."""
+    stack = np.stack([COLOURS] + [COLOURS[::-1]] * 4).reshape(5, 1, 3, 48, 64)
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, stack, imagej=True, metadata={"axes": "TZCYX"})
+    monkeypatch.setattr(tifffile.TiffPageSeries, "asarray", None)
+    image, remark = read_picture(path)
+    assert np.abs(image - np.moveaxis(COLOURS // 257, 0, -1).astype(int)).max() <= 3
+    assert remark == "first of 5 pages"
+    tifffile.imwrite(tmp_path / "b.tif", np.zeros((48, 64, 100), np.uint16), planarconfig=1)
+    with pytest.raises(PictureError, match="100 values a pixel: save it as RGB"):
+        read_picture(tmp_path / "b.tif")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_packed_deep_tiff_is_turned_once(tmp_path, orientation):
+    """OpenCV turned it, and then the program did."""
+    backwards = {6: 8, 8: 6}.get(orientation, orientation)
+    turned = count_cells.upright(DEEP[..., 0] * 257, backwards)
+    options = {"compression": "tiff_lzw", "tiffinfo": {0x0112: orientation}}
+    save(tmp_path / "a.tif", np.ascontiguousarray(turned), **options)
+    assert agrees(tmp_path / "a.tif")
+
+
+def test_the_preview_in_a_phones_jpeg_is_no_page(tmp_path):
+    preview = Image.fromarray(BASE[::4, ::4])
+    image = Image.fromarray(BASE)
+    image.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[preview], quality=95)
+    with Image.open(tmp_path / "a.jpg") as saved:
+        assert saved.format == "MPO" and saved.n_frames == 2
+    assert agrees(tmp_path / "a.jpg", most=12)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -266,6 +318,23 @@ def test_formats_that_must_be_converted_say_how():
     for name in ("a.heic", "a.SVS", "a.czi", "a.nef", "a.dcm", "a.pdf", "a.jxl"):
         assert "is not read here: " in count_cells.needs_conversion(name)
     assert count_cells.needs_conversion("a.jpg") is None
+
+
+def test_the_library_refuses_the_formats_that_the_command_refuses(tmp_path):
+    tifffile.imwrite(tmp_path / "a.svs", BASE, photometric="rgb")
+    with pytest.raises(PictureError, match="a whole slide is not read here"):
+        read_picture(tmp_path / "a.svs")
+
+
+def test_a_signal_is_no_fault_of_a_picture(tmp_path, monkeypatch):
+    """`except Exception` took it for a damaged file, and the run went on."""
+
+    def stop(path):
+        count_cells.stop_on_signal(15, None)
+
+    monkeypatch.setattr(count_cells.Image, "open", stop)
+    with pytest.raises(count_cells.Terminated):
+        count_cells.picture_size(tmp_path / "a.png")
 
 
 def test_a_large_picture_is_read_with_one_copy_and_its_size_is_bounded(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 and how it ends.
 """
 
+import errno
 import json
 import os
 import re
@@ -114,7 +115,10 @@ def test_every_file_is_counted_or_named(model, here, capsys):
     os.mkfifo(folder / "pipe.png")
     assert count(model, "in") == count_cells.EXIT_SOME_FAILED
     counts = counts_of("in_cells")
+    good[good.index("=1+1.png")] = "'=1+1.png"  # no formula of a spreadsheet
     assert {name for name, cells in counts.items() if cells == 3} == set(good)
+    named = {row["image"] for row in table(here / "in_cells" / "detections.csv")}
+    assert named == set(good)
     assert {name for name, cells in counts.items() if cells is None} == {
         "f.heic",
         "g.svs",
@@ -157,6 +161,138 @@ def test_a_name_that_is_no_utf8_costs_nothing(model, here):
         ElementTree.parse(path)
 
 
+def test_names_that_become_one_keep_their_results_apart(model, here):
+    save(here / "in" / "a:1.png")
+    save(here / "in" / "a_1.png", SQUARES[:1])
+    save(here / "in" / 'day"2". ' / "b?.png", SQUARES[:2])
+    assert count(model, "in", "--nested", "--voc") == 0
+    voc = here / "in_cells" / "voc"
+    cells = {}
+    for path in voc.rglob("*.xml"):
+        parts = path.relative_to(voc).parts
+        assert not any(set(part) & set('<>:"|?*\\') or part[-1] in ". " for part in parts)
+        tree = ElementTree.parse(path)
+        cells[tree.findtext("filename")] = len(tree.findall("object"))
+    assert cells == {"a:1.png": 3, "a_1.png": 1, "b?.png": 2}
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENAMETOOLONG, errno.EILSEQ, errno.ENOENT])
+def test_a_name_that_the_file_system_refuses_costs_one_picture(
+    model, here, capsys, monkeypatch, number
+):
+    save(here / "in" / "a.png")
+    save(here / "in" / "b.png")
+    replace = os.replace
+
+    def refuse(source, target):
+        if "a.png" in str(target):
+            raise OSError(number, "No such name")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    assert count(model, "in") == count_cells.EXIT_SOME_FAILED
+    assert counts_of("in_cells") == {"a.png": None, "b.png": 3}
+    words = "a.png: its results cannot be written under its name (No such name): rename it"
+    assert words in capsys.readouterr().out
+
+
+def test_a_full_disk_ends_the_run(model, here, monkeypatch):
+    save(here / "in" / "a.png")
+
+    def refuse(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    assert count(model, "in") == count_cells.EXIT_OUTPUT
+    assert not list(here.rglob("*.tmp"))
+
+
+def test_a_journal_that_cannot_be_written_ends_the_run_with_a_sentence(here):
+    """The line that did not fit was tried again when the file was closed: a traceback."""
+    resource = pytest.importorskip("resource")  # limits of a process: not on Windows
+    journal = count_cells.Journal(here / "out", {"journal": "count_cells"})
+    size = journal.path.stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        with pytest.raises(count_cells.OutputError, match="The journal cannot be written"):
+            journal.append({"name": "a.png"})
+        journal.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert journal.file.closed and journal.path.stat().st_size == size
+
+
+def test_tables_that_cannot_be_written_leave_no_file_behind(model, here, capsys):
+    save(here / "in" / "a.png")
+    (here / "in_cells" / "counts.csv").mkdir(parents=True)  # in the way
+    assert count(model, "in") == count_cells.EXIT_OUTPUT
+    assert "counts.csv cannot be written" in capsys.readouterr().err
+    assert not list(here.rglob(".*.tmp"))
+
+
+def test_the_journal_of_another_program_is_left_alone(model, here, capsys):
+    save(here / "in" / "a.png")
+    journal = here / "in_cells" / "journal.jsonl"
+    journal.parent.mkdir()
+    for content in ('{"event": "start"}\n{"event": "end"}\n', "some words\n", "[1]"):
+        journal.write_text(content)
+        for arguments in (("in",), ("in", "--fresh")):
+            assert count(model, *arguments) == count_cells.EXIT_OUTPUT
+            words = "in_cells holds a journal.jsonl of another program: name another folder"
+            assert words in capsys.readouterr().err
+        assert journal.read_text() == content
+    journal.write_text('{"journal": "count_ce')  # ours, cut off by a kill
+    assert count(model, "in") == 0
+
+
+def test_what_could_not_be_read_is_tried_again(model, here, monkeypatch):
+    """A fault of the network or of the memory was one for ever."""
+    save(here / "in" / "a.png")
+    read = count_cells.read_picture
+
+    def fail(path):
+        raise count_cells.PictureError("there is not enough memory for it")
+
+    monkeypatch.setattr(count_cells, "read_picture", fail)
+    assert count(model, "in") == count_cells.EXIT_NONE_COUNTED
+    monkeypatch.setattr(count_cells, "read_picture", read)
+    assert count(model, "in") == 0 and counts_of("in_cells") == {"a.png": 3}
+
+
+def test_drawings_show_what_the_tables_say(model, here, capsys):
+    """d.png finds its own scale while a.png is away, then follows the others again."""
+    image = rows_of_squares(80, 1280, 960, 110)[0]
+    for name in ("a", "b", "c"):
+        save(here / "in" / f"{name}.png", (), (1280, 960))
+        Image.fromarray(image).save(here / "in" / f"{name}.png")
+    Image.fromarray(rows_of_squares(105, 1280, 960, 130)[0]).save(here / "in" / "d.png")
+    assert count(model, "in", "--voc") == 0
+    table_of_all = tables_of("in_cells")
+    drawings = drawings_of("in_cells")
+    (here / "in" / "a.png").rename(here / "a.png")
+    assert count(model, "in", "--voc") == 0
+    assert drawings_of("in_cells") != drawings
+    (here / "a.png").rename(here / "in" / "a.png")
+    capsys.readouterr()
+    assert count(model, "in", "--voc") == 0
+    assert tables_of("in_cells") == table_of_all and drawings_of("in_cells") == drawings
+    assert "3 of them in an earlier run" in capsys.readouterr().out
+
+
+def test_tables_of_another_model_go_with_its_drawings(model, here, monkeypatch):
+    save(here / "in" / "a.png")
+    assert count(model, "in") == 0
+
+    def stop(task):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(count_cells, "count_task", stop)
+    assert count(model, "in", "--fresh") == count_cells.EXIT_INTERRUPTED
+    left = {path.name for path in (here / "in_cells").rglob("*") if path.is_file()}
+    assert left == {"journal.jsonl"}
+
+
 def test_several_inputs_and_single_files(model, here):
     save(here / "x" / "a.png")
     save(here / "y" / "a.png", SQUARES[:1])
@@ -194,8 +330,13 @@ def test_the_folder_of_the_pictures_is_not_written_to_unless_it_is_named(model, 
 
 
 def test_nothing_to_count_is_said(model, here, capsys):
-    assert count(model, "absent") == 2
-    assert "There is no file or folder absent." in capsys.readouterr().err
+    for name in ("absent", "n" * 300, "*.jpg"):
+        assert count(model, name) == 2
+        assert f"There is no file or folder {name}." in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        count(model, "")
+    assert ended.value.code == 2
+    assert "a name is empty: give a file or a folder" in capsys.readouterr().err
     (here / "in").mkdir()
     (here / "in" / "notes.txt").write_text("x")
     assert count(model, "in") == count_cells.EXIT_NONE_COUNTED
@@ -262,6 +403,46 @@ def tables_of(folder):
     return [(Path(folder) / name).read_bytes() for name in ("counts.csv", "detections.csv")]
 
 
+def drawings_of(folder):
+    """{path: content} of the drawings and VOC files."""
+    answer = {}
+    for kind in ("annotated", "voc"):
+        for path in (Path(folder) / kind).rglob("*.*"):
+            answer[str(path)] = path.read_bytes()
+    return answer
+
+
+def test_a_run_goes_on_with_the_model_it_began_with(here, monkeypatch):
+    """The clock decides between two models; at another time it decides otherwise."""
+    for name in count_cells.MODEL_NAMES:
+        save_square_finder(here / name, settings(weights=name))
+    save(here / "in" / "a.png")
+    monkeypatch.setattr(count_cells, "PROGRAM_FOLDER", here)
+    found = count_cells.models_beside(here)
+    monkeypatch.setattr(count_cells, "models_beside", lambda folder: found)
+    used = []
+    for ratio, arguments in ((0.5, []), (2.0, []), (2.0, ["--fresh"]), (0.5, [])):
+        monkeypatch.setattr(count_cells, "remembered_speed", lambda *paths, r=ratio: r)
+        assert count_cells.main(["in", *arguments]) == 0
+        used.append(count_cells.worker_options.model)
+    int8, float32 = map(str, found)
+    assert used == [int8, int8, float32, float32]
+
+
+def test_speeds_are_remembered_in_a_cache_or_among_temporary_files(here, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(count_cells.Path, "home", no_home)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(here / "cache"))
+    assert count_cells.speed_file() == here / "cache" / "count_cells" / "speed.json"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    temporary = Path(count_cells.tempfile.gettempdir())
+    assert count_cells.speed_file() == temporary / "count_cells" / "speed.json"
+    monkeypatch.setattr(count_cells.Path, "home", lambda: here)
+    assert count_cells.speed_file() == here / ".cache" / "count_cells" / "speed.json"
+
+
 def test_a_run_goes_on_where_it_was(model, here, capsys, monkeypatch):
     for number in range(6):
         save(here / "in" / f"{number}.png", SQUARES[: number % 4])
@@ -304,9 +485,9 @@ def test_what_changed_is_counted_again(model, here, capsys):
     assert count(model, "in") == 0
     assert counts_of("in_cells") == {"a.png": 3, "b.png": 1, "c.png": 2}
     assert "an earlier run" not in capsys.readouterr().out
-    (here / "in" / "a.png").unlink()
+    (here / "in" / "c.png").unlink()
     assert count(model, "in") == 0
-    assert counts_of("in_cells") == {"b.png": 1, "c.png": 2}
+    assert counts_of("in_cells") == {"a.png": 3, "b.png": 1}
     assert "2 of them in an earlier run" in capsys.readouterr().out
 
 
@@ -454,6 +635,57 @@ def test_killed_runs_lose_nothing_and_leave_no_process(model, tmp_path):
             break
         time.sleep(0.1)
     assert str(tmp_path) not in listing
+
+
+def test_waits_for_workers_are_short(monkeypatch):
+    """On Windows Ctrl-C is heard only when a wait ends."""
+    waits = []
+
+    def watch(futures, timeout=None, return_when=None):
+        waits.append(timeout)
+        for future in futures:
+            if len(waits) % 3 == 0:  # nothing is done at the first two looks
+                future.set_result({"name": "a.png"})
+        done = {future for future in futures if future.done()}
+        return done, set(futures) - done
+
+    monkeypatch.setattr(count_cells.concurrent.futures, "wait", watch)
+    workers = count_cells.Workers(1, None)
+    monkeypatch.setattr(workers, "submit", lambda task: count_cells.concurrent.futures.Future())
+    assert list(workers.run(["a task"])) == [{"name": "a.png"}]
+    assert count_cells.result_of(count_cells.concurrent.futures.Future()) == {"name": "a.png"}
+    assert len(waits) == 6 and max(waits) <= 1
+
+
+def test_so_many_workers_as_the_system_takes(monkeypatch):
+    assert count_cells.number_of_workers(100, 1000) == 100
+    monkeypatch.setattr(count_cells, "MOST_WORKERS", 61)  # on Windows
+    assert count_cells.number_of_workers(100, 1000) == 61
+    assert count_cells.number_of_workers(100, 3) == 3
+
+
+def test_a_folder_that_lists_but_does_not_open_its_pictures(model, here, monkeypatch):
+    """Path.is_file raises where Python is older than 3.14."""
+    save(here / "in" / "a.png")
+    save(here / "in" / "b.png")
+    stat = os.stat
+
+    def refuse(path, *more, **options):
+        if str(path).endswith("a.png"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *more, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    assert count(model, "in") == count_cells.EXIT_SOME_FAILED
+    assert counts_of("in_cells") == {"a.png": None, "b.png": 3}
+
+
+def test_a_pattern_stands_for_its_files(model, here):
+    """The command line of Windows hands *.png on as it is."""
+    for name in ("a.png", "b.png", "[1].png"):
+        save(here / "in" / name)
+    assert count(model, "in/?.png", "in/[1].png") == 0
+    assert set(counts_of("in_cells")) == {"a.png", "b.png", "[1].png"}
 
 
 class KillsItsWorker:
