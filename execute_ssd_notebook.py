@@ -201,6 +201,11 @@ class Console:
             self.unheard = True
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
+    def end_status(self) -> None:
+        """Take away the status that may stand there, before somebody else writes."""
+        if self.status_shown:
+            self.write("", end="")
+
     def show_status(self, text: str) -> None:
         """A line on the terminal that the next one replaces."""
         width = shutil.get_terminal_size().columns
@@ -217,6 +222,7 @@ class Signals:
 
     def __init__(self):
         self.failure = None  # what the first signal asked for
+        self.how_to_go_on = "run it again to go on"
         self.may_raise = True
         self.kill_kernel = None  # set while there is a kernel
         self.earlier_handlers = {}
@@ -247,7 +253,7 @@ class Signals:
                 self.kill_kernel()
             return
         name = signal.Signals(number).name
-        sentence = f"Ended by {name}; run it again to go on, finished epochs are kept."
+        sentence = f"Ended by {name}; {self.how_to_go_on}, finished epochs are kept."
         self.failure = Failure(128 + number, sentence)
         if self.may_raise:
             raise KeyboardInterrupt
@@ -279,9 +285,9 @@ def read_options(arguments):
         help="another value of a constant; the result goes under runs/",
     )
     add("--dataset", metavar="DIR", help="an existing copy (also BCCD_DATASET)")
-    add("--dataset-url", metavar="URL", help="another git mirror (also BCCD_URL)")
+    add("--dataset-url", metavar="URL", help='another git mirror, or "": the shipped copy')
     add("--weights", metavar="FILE", help="VGG-16's features (also VGG16_WEIGHTS)")
-    add("--output", metavar="NB", help="write the executed notebook there")
+    add("--output", metavar="NB", help="write the executed notebook there, not in place")
     add("--fresh", action="store_true", help="train from the start")
     add("--install", action="store_true", help="install missing packages")
     add("--retries", type=int, default=3, metavar="N", help="restarts of a dead kernel: 3")
@@ -762,6 +768,9 @@ class Job:
         inject(self.notebook, {})  # takes out what an earlier run injected
         self.known = read_constants(self.notebook)
         self.values = read_overrides(options.overrides, self.known)
+        for name in ("DATA_DIR", "VGG16_WEIGHTS"):
+            if name in self.values:  # not every shell replaces ~ behind an equals sign
+                self.values[name] = os.path.expanduser(self.values[name])
         self.check_clashes()
         kind = ""
         if self.values:
@@ -774,7 +783,7 @@ class Job:
                 self.env.pop(variable, None)
             elif typed is True:
                 self.env[variable] = "fresh"
-            elif typed:
+            elif typed or typed == "":  # "" is a value: no mirror, the shipped copy
                 self.env[variable] = typed
         inject(self.notebook, self.values)
 
@@ -960,7 +969,8 @@ def is_protected(path: Path) -> bool:
     """Whether a file or folder that exists may not be written; root, too, is told."""
     if not path.exists():
         return path.parent != path and is_protected(path.parent)
-    if path.stat().st_mode & 0o222 == 0:
+    read_only = path.stat().st_mode & 0o222 == 0
+    if read_only and not (os.name == "nt" and path.is_dir()):  # there it protects no folder
         return True
     if path.is_dir() or is_mount_point(path):
         return not os.access(path, os.W_OK)
@@ -988,18 +998,23 @@ def free_name(target: Path, what: str) -> Path:
     path = target.with_name(f"{target.stem}.{what}.ipynb")
     while path.exists():
         number += 1
-        path = target.with_name(f"{target.stem}-{number}.{what}.ipynb")
+        path = target.with_name(f"{target.stem}.{what}-{number}.ipynb")
     return path
 
 
 def earlier_outputs(target: Path):
     """The files that failed runs have left beside the target, as `free_name` names them."""
-    pattern = re.escape(target.stem) + r"(-\d+)?\.(partial|failed)\.ipynb"
+    pattern = re.escape(target.stem) + r"\.(partial|failed)(-\d+)?\.ipynb"
     found = []
     for path in target.parent.iterdir():
         if re.fullmatch(pattern, path.name):
             found.append(path)
     return found
+
+
+def lock_of(target: Path) -> Path:
+    """The file by which runs that write the target know of each other."""
+    return target.with_name(f".{target.name}.lock")
 
 
 def claim(target: Path, folder: Path, room: float):
@@ -1023,18 +1038,18 @@ def claim(target: Path, folder: Path, room: float):
         raise storage_failure(f"Cannot write {target.name} in {folder}", error) from None
 
     # The lock file stays: removed, two runs could hold locks of one name. Others may open it.
-    path = target.with_name(f".{target.name}.lock")
+    path = lock_of(target)
     try:
         held = FileLock(path, mode=0o666).acquire(timeout=0)
     except Timeout:
         why = f"Another run works on {target.name} (it holds {path}): wait or end it."
         raise Failure(Exit.LOCKED, why) from None
-    except PermissionError as error:
-        why = f"The lock {path} cannot be opened ({error.strerror})"
-        advice = "another user's run made it: remove it when no run works here"
-        raise Failure(Exit.STORAGE, f"{why}; {advice}.") from None
     except OSError as error:
-        raise storage_failure(f"The lock {path} cannot be opened", error) from None
+        why = f"The lock {path} cannot be opened"
+        if not isinstance(error, PermissionError) or not path.exists():
+            raise storage_failure(why, error) from None
+        advice = "another user's run made it: remove it when no run works here"
+        raise Failure(Exit.STORAGE, f"{why} ({error.strerror}); {advice}.") from None
     with contextlib.suppress(OSError):  # it is another user's
         path.chmod(0o666)
     return held
@@ -1070,19 +1085,21 @@ class Owners:
                 self.before[path] = owner_of(path)
 
     def paths(self):
-        """What a run may write: beside the notebook and the result, and in its own folders."""
+        """What a run may write: beside the notebook, its own folders, the result's own names."""
         job = self.job
-        beside = [job.folder, job.target.parent]
+        found = [job.target, job.partial, job.work, lock_of(job.target)]
+        if job.target.parent.is_dir():
+            found.extend(earlier_outputs(job.target))
         whole = [job.folder / "runs", job.place]
+        if job.place in job.target.parents:
+            found.append(job.target.parent)
         if job.checkpoints is not None:
-            beside.append(job.checkpoints.parent)
+            found.append(lock_of(job.checkpoints))
             whole.append(job.checkpoints)
         if job.value("DATA_DIR"):
             whole.append(job.folder / job.value("DATA_DIR"))
-        found = [job.target.parent]
         found.extend(whole)
-        for folder in beside:
-            found.extend(paths_in(folder, deep=False))
+        found.extend(paths_in(job.folder, deep=False))
         for folder in whole:
             found.extend(paths_in(folder, deep=True))
         return found
@@ -1173,21 +1190,28 @@ def install(requirements) -> None:
     subprocess.run(command, stdin=subprocess.DEVNULL)
 
 
-def ensure_packages(console: Console, may_install: bool) -> None:
-    """Step 1. Failure PACKAGES names all that are missing or too old, and one command."""
+def ensure_packages(console: Console, may_install: bool, only: str = "") -> None:
+    """Step 1. Failure PACKAGES names all that are missing or too old, and one command.
+
+    only: the one package that is needed, for a check that runs nothing.
+    """
     script = globals().get("__file__")
     if script is None or not script.endswith(".py"):
         console.note("the list of packages cannot be read here: they are not checked")
         return
     needed, optional = read_requirements(Path(script))
+    if only:
+        needed = [requirement for requirement in needed if requirement.startswith(only)]
+        optional = []
     if may_install:
-        wrong = find_problems(needed + optional)
-        if wrong:
-            console.note(f"{'; '.join(wrong.values())}: installing")
-            install(wrong)
+        for some in (needed, optional):  # one of the second may not exist for this machine
+            wrong = find_problems(some)
+            if wrong:
+                console.note(f"{'; '.join(wrong.values())}: installing")
+                install(wrong)
     wrong = find_problems(needed)
     if wrong:
-        command = "python -m pip install"
+        command = f"{sys.executable} -m pip install"
         for requirement in wrong:
             command += f' "{requirement}"'
         why = f"{'; '.join(wrong.values())}: run  {command}  or repeat with --install."
@@ -1210,9 +1234,10 @@ def find_dataset(job: Job) -> None:
     """Step 2. Failure DATASET."""
     cells = cells_to_run(job.notebook, "fetch")
     folder = job.input_path("DATA_DIR")
-    if job.env.get("BCCD_DATASET") and not folder.is_dir():
-        why = f"There is no folder {folder}: name a copy of BCCD by --dataset or BCCD_DATASET."
-        raise Failure(Exit.DATASET, why)
+    named = job.env.get("BCCD_DATASET") or "DATA_DIR" in job.values
+    if named and folder is not None and not folder.is_dir():
+        why = f"There is no folder {folder}: name one that is there"
+        raise Failure(Exit.DATASET, f"{why}, by --dataset, BCCD_DATASET or -p DATA_DIR.")
     if not cells or folder is None:
         job.console.note("the notebook asks for none")
         return
@@ -1229,7 +1254,9 @@ def fetch_dataset(job: Job, cells, folder: Path) -> None:
         job.console.note(" ".join(map(str, words)))
 
     space = {"print": show}
-    url = job.env.get("BCCD_URL") or job.value("DATASET_URL")
+    url = job.env.get("BCCD_URL")
+    if url is None:
+        url = job.value("DATASET_URL")
     here = os.getcwd()
     try:
         os.chdir(job.folder)
@@ -1275,7 +1302,7 @@ def find_damage(file: Path) -> str:
         return ""
     try:
         return zipfile.ZipFile(file).testzip() or ""
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError) as error:
         return str(error)
 
 
@@ -1286,10 +1313,11 @@ KERNEL_ARGUMENTS = [  # warnings on the page name files, not folders of this mac
     "--HistoryManager.hist_file=:memory:",
     "--InteractiveShellApp.exec_lines=__import__('warnings').formatwarning = "
     "lambda text, kind, file, line, source=None: "
-    "f'{file.rpartition(\"/\")[2]}:{line}: {kind.__name__}: {text}\\n'",
+    "f'{__import__(\"os\").path.basename(file)}:{line}: {kind.__name__}: {text}\\n'",
 ]
 # variables that would change the page, or belong to another run
 NOT_FOR_THE_KERNEL = ["MPLBACKEND", "PYTHONSTARTUP", "PYTHONOPTIMIZE", "SSD_BATCH_DIVISOR"]
+NOT_FOR_THE_KERNEL += ["SSD_STAGING"]
 KILLED = "killed"
 OUT_OF_MEMORY = "memory"
 
@@ -1612,7 +1640,7 @@ def execute(job: Job):
         for folder in (job.work, job.staging):
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir(mode=0o700, parents=True)
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         execution = Execution(job)
         try:
             run_to_the_end(execution.run())
@@ -1672,10 +1700,11 @@ def publish(job: Job) -> None:
     if job.target == job.source and now != job.data:
         why = f"{job.source.name} was edited during the run and is left alone"
         raise Failure(Exit.VALIDATION, f"{why}: run it again.")
-    pairs = [(job.partial, job.target)]
+    pairs = []
     if job.staging is not None:
         for file in job.staging.iterdir():
             pairs.append((file, job.checkpoints / file.name))
+    pairs.append((job.partial, job.target))  # last: until then its outputs are kept
 
     job.signals.check()  # the last moment: the renames are not interrupted
     before = job.work / "before"
@@ -1718,13 +1747,26 @@ def copy_file(old: Path, new: Path) -> None:
     copy_owner_and_mode(old, new)
 
 
+def rename(new: Path, old: Path) -> None:
+    """os.replace; on Windows, where a virus scanner may hold a new file, tried for a second."""
+    tries = 5 if os.name == "nt" else 1
+    for number in range(tries):
+        try:
+            os.replace(new, old)
+            return
+        except PermissionError:
+            if number == tries - 1:
+                raise
+            time.sleep(0.2)
+
+
 def replace(new: Path, old: Path) -> None:
     """Rename new to old. Where old is mounted by itself, no rename can: it is written in place.
 
     A copy of the old one lies beside it until that is done.
     """
     try:
-        os.replace(new, old)
+        rename(new, old)
         return
     except OSError as error:
         if error.errno not in (errno.EBUSY, errno.EXDEV):
@@ -1798,7 +1840,10 @@ def keep_outputs(job: Job, failure: Failure) -> None:
             os.replace(job.partial, kept)
         except OSError:
             kept = job.partial
-    failure.sentence += f" Outputs so far: {kept.name}; {job.target.name} is unchanged."
+    failure.sentence += f" Outputs so far: {kept.name}"
+    if job.target != job.source or job.source.read_bytes() == job.data:
+        failure.sentence += f"; {job.target.name} is unchanged"
+    failure.sentence += "."
 
 
 def run_steps(job: Job) -> None:
@@ -1844,6 +1889,8 @@ def run(options, console: Console, signals: Signals) -> None:
     console.write("1 dependencies")
     ensure_packages(console, options.install)
     job = Job(options, console, signals)
+    if job.trains_anew():
+        signals.how_to_go_on = "run it again, but not fresh, to go on"
     run_steps(job)
     minutes = (time.monotonic() - started) / 60
     console.write(f"done in {minutes:.1f} min: {job.target}")
@@ -1851,7 +1898,7 @@ def run(options, console: Console, signals: Signals) -> None:
 
 def check(options, console: Console) -> None:
     """--check: the checklist of the notebook as it stands; Failure where a line of it fails."""
-    ensure_packages(console, options.install)
+    ensure_packages(console, options.install, only="nbformat")
     path = find_notebook(options.notebook)
     notebook, data = read_notebook(path)
     draft = bool(cells_to_run(notebook, INJECTED))
@@ -1881,6 +1928,7 @@ def main(arguments=None) -> int:
         failure = as_failure(error, signals)
     finally:
         signals.stop_listening()
+    console.end_status()
     with contextlib.suppress(OSError, ValueError):  # nobody reads any more
         print(f"error: {failure.sentence}", file=sys.stderr, flush=True)
     return failure.code

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import os
 import re
 import subprocess
 import sys
@@ -506,6 +507,73 @@ def test_an_older_python_is_told(monkeypatch, capsys):
         assert runner.main(arguments) == 3
         said = capsys.readouterr().err
         assert said == "error: needs Python 3.10 or newer, this is 3.9.18\n"
+
+
+def test_a_check_that_runs_nothing_needs_nbformat_alone(monkeypatch, tmp_path, capsys):
+    """Who reviews a page need not install torch."""
+    asked = []
+
+    def find_problems(requirements):
+        asked.extend(requirements)
+        return {}
+
+    monkeypatch.setattr(runner, "find_problems", find_problems)
+    path = write_notebook(tmp_path / "page.ipynb", "1")
+    runner.main(["--check", str(path)])
+    capsys.readouterr()
+    assert len(asked) == 1 and asked[0].startswith("nbformat>=")
+
+
+def test_a_folders_flag_of_windows_protects_nothing(monkeypatch, tmp_path):
+    """Explorer sets it on Documents and the like; of a file it means what it says."""
+    (tmp_path / "file").touch(mode=0o444)
+    tmp_path.chmod(0o555)
+    monkeypatch.setattr(runner.os, "access", lambda path, mode: True)
+    try:
+        assert runner.is_protected(tmp_path)
+        monkeypatch.setattr(runner.os, "name", "nt")
+        assert not runner.is_protected(tmp_path) and runner.is_protected(tmp_path / "file")
+    finally:
+        monkeypatch.undo()
+        tmp_path.chmod(0o755)
+
+
+def test_a_file_that_is_held_for_a_moment_is_replaced_all_the_same(monkeypatch, tmp_path):
+    """On Windows a virus scanner looks into new files."""
+    new, old = tmp_path / "new", tmp_path / "old"
+    new.write_text("new")
+    tries = []
+    really = os.replace
+
+    def held_twice(one, other):
+        tries.append(one)
+        if len(tries) < 3:
+            raise PermissionError(13, "held")
+        really(one, other)
+
+    monkeypatch.setattr(runner.os, "replace", held_twice)
+    with pytest.raises(PermissionError):
+        runner.rename(new, old)
+    monkeypatch.setattr(runner.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(runner.os, "name", "nt")
+    runner.rename(new, old)
+    monkeypatch.undo()
+    assert old.read_text() == "new" and len(tries) == 3
+
+
+def test_as_root_strangers_files_beside_a_result_are_left_alone(monkeypatch, tmp_path):
+    """What others made beside --output while the run went on is not given to anybody."""
+    place = Place(tmp_path / "study")
+    place.write(PARAMETERS)
+    target = tmp_path / "elsewhere" / "page.ipynb"
+    target.parent.mkdir()
+    options = runner.read_options([str(place.notebook), "--output", str(target)])
+    owners = runner.Owners(runner.Job(options, runner.Console(), runner.Signals()))
+    (target.parent / "a stranger's").touch()
+    target.touch()
+    paths = owners.paths()
+    assert target in paths and place.notebook in paths
+    assert target.parent / "a stranger's" not in paths
 
 
 def test_older_pythons_that_are_here(tmp_path):

@@ -15,7 +15,7 @@ import nbformat
 import pytest
 import torch
 from conftest import NOTEBOOK
-from runner_helpers import DATA, PARAMETERS, Place, finish, git_repository, outputs, tree
+from runner_helpers import DATA, FETCH, PARAMETERS, Place, finish, git_repository, outputs, tree
 from synthetic_bccd import draw_dataset
 
 pytestmark = [
@@ -114,6 +114,42 @@ def test_5_their_sentences_are_shown_to_the_end(place):
     assert "img.xml: mend it. Outputs so far" in done.stderr
 
 
+@pytest.mark.parametrize("how", ["option", "variable"])
+def test_an_empty_address_is_a_value(place, how):
+    """No mirror is asked; the notebook's own address is not taken in its place."""
+    place.write(DATA, FETCH)
+    arguments = ["--dataset-url", ""]
+    if how == "variable":
+        place.env["BCCD_URL"] = ""
+        arguments = []
+    done = place.run(*arguments)
+    assert done.returncode == 4
+    assert "Could not clone (no answer)" in done.stderr  # not "somewhere"
+
+
+def test_a_folder_of_data_that_is_named_is_there(place):
+    """Nothing is cloned into a name with a slip; ~ is the home also behind an equals sign."""
+    place.write(DATA, FETCH)
+    done = place.run("-p", "DATA_DIR=my_dta")
+    assert done.returncode == 4
+    assert "There is no folder" in done.stderr and not (place.folder / "my_dta").exists()
+    (place.folder / "home" / "smears" / "BCCD").mkdir(parents=True)
+    place.env["HOME"] = str(place.folder / "home")
+    done = place.run("-p", "DATA_DIR=~/smears")
+    assert done.returncode == 0, done.stderr
+    assert not (place.folder / "~").exists()
+
+
+def test_a_training_that_was_to_be_fresh_is_not_gone_on_with_by_the_same_command(place):
+    place.write(PARAMETERS, RUNNING + "time.sleep(60)")
+    process = place.start("--fresh")
+    place.wait_for("running")
+    process.terminate()
+    done = finish(process)
+    assert done.returncode == 143
+    assert "run it again, but not fresh, to go on" in done.stderr
+
+
 def test_6_and_7_nothing_is_downloaded_for_a_detector_that_is_reused(place):
     """Whether it trains, and from what, is the notebook's to say: the runner asks no server."""
     place.env["VGG16_WEIGHTS_URL"] = "http://127.0.0.1:9/vgg16_features-88682ab5.pth"
@@ -203,6 +239,8 @@ def test_12_a_file_that_cannot_be_replaced_takes_the_others_back(place):
     assert "zz.json cannot be replaced" in done.stderr
     assert without_training(tree(place.checkpoints)) == checkpoints
     assert place.notebook.read_bytes() == page
+    assert "Outputs so far: study.failed.ipynb; study.ipynb is unchanged." in done.stderr
+    assert "new weights" not in outputs(place.folder / "study.failed.ipynb")
 
 
 def test_13_an_earlier_runs_outputs_are_not_shown_as_this_ones(place):

@@ -227,7 +227,7 @@ FAULTS = [
     Fault(
         "nothing-to-install-with",
         3,
-        r"Installing failed, .* run  python -m pip install \"torch>=",
+        r"Installing failed, .* run  \S*python\S* -m pip install \"torch>=",
         ("--install",),
         prepare=bare_python,
         process=True,
@@ -235,7 +235,7 @@ FAULTS = [
     Fault(
         "package-too-old",
         3,
-        r"lxml 0\.1 is older than 5\.0: run  python -m pip install \"lxml>=5\.0\"",
+        r"lxml 0\.1 is older than 5\.0: run  \S*python\S* -m pip install \"lxml>=5\.0\"",
         prepare=old_package("lxml"),
         process=True,
     ),

@@ -189,8 +189,13 @@ def test_a_lock_that_cannot_be_opened_is_named(place, capsys, monkeypatch):
     code, out, err = place.call(capsys)
     assert code == 11
     assert ".study.ipynb.lock cannot be opened (Permission denied)" in err
-    assert "remove it when no run works here" in err
+    assert "another user's run" not in err  # there is no lock, the folder is not ours
     assert "room" not in err
+    place.put(".study.ipynb.lock", "")
+    code, out, err = place.call(capsys)
+    assert code == 11
+    assert ".study.ipynb.lock cannot be opened (Permission denied)" in err
+    assert "remove it when no run works here" in err
 
 
 # -- files that are mounted by themselves
@@ -305,7 +310,7 @@ def test_after_any_error_the_outputs_are_kept_and_named(place, monkeypatch, caps
 
     with monkeypatch.context() as patch:
         patch.setattr(runner, "check_page", fail)
-        for name in ("study.failed.ipynb", "study-2.failed.ipynb"):
+        for name in ("study.failed.ipynb", "study.failed-2.ipynb"):
             code, out, err = place.call(capsys)
             assert code == 1
             assert "An error in this script: RuntimeError: unforeseen." in err
@@ -314,11 +319,12 @@ def test_after_any_error_the_outputs_are_kept_and_named(place, monkeypatch, caps
     assert place.notebook.read_bytes() == before
     place.put("study.partial.ipynb", before)
     place.put("study.other.ipynb", before)
+    place.put("study-2.failed.ipynb", before)  # of another notebook, study-2.ipynb
     code, out, err = place.call(capsys)
     assert code == 0, err
-    assert "study-2.failed.ipynb of an earlier run is removed" in out
+    assert "study.failed-2.ipynb of an earlier run is removed" in out
     notebooks = sorted(path.name for path in place.folder.glob("*.ipynb"))
-    assert notebooks == ["study.ipynb", "study.other.ipynb"]
+    assert notebooks == ["study-2.failed.ipynb", "study.ipynb", "study.other.ipynb"]
 
 
 def test_a_result_that_its_format_does_not_allow_is_kept(place, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """What a run of the script publishes, where, and what it says: real kernels, small notebooks."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -160,6 +161,24 @@ def test_a_line_in_place_on_a_terminal(place):
     assert re.search(r"cell 2 of 2 \(10\. Training\) \d\.\d s epoch [2-7]", text)
     assert re.search(r"10\. Training\) \d\.\d s images [1-3]", text)
     assert text.rstrip().endswith("study.ipynb")
+
+
+def test_an_error_on_a_terminal_has_a_line_of_its_own(place):
+    import pty
+
+    place.write("print(1)", LONG + "\nraise ValueError('no')")
+    place.env.update(TERM="xterm", PYTHONIOENCODING="utf-8", COLUMNS="100")
+    mine, theirs = pty.openpty()
+    process = place.start(stdout=theirs, stderr=subprocess.STDOUT)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while chunk := os.read(mine, 65536):
+            shown += chunk
+    os.close(mine)
+    assert process.wait(timeout=60) == 6
+    line = shown.decode("utf-8").splitlines()[-1]
+    assert line.rpartition("\x1b[K")[2].startswith("error: Cell 2 of 2 failed"), line
 
 
 def test_jupyters_own_run_passes_the_check(place, capsys):
