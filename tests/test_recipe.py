@@ -5,6 +5,7 @@ import functools
 import inspect
 import json
 import linecache
+import os
 import shutil
 
 import nbformat
@@ -23,10 +24,11 @@ def place(nb, folder, training=None, detector=None):
     if training:
         run_id = training.get("run_id", "")
         facts = {"run_id": run_id, "start": training.get("start", "")}
-        content = {"kind": "training", "epochs": 5, "facts": facts, **training}
+        content = {"kind": "training", "epochs": 5, "facts": facts, "history": [], **training}
         nb.save_atomically(content, folder / "last.pth")
     if detector:
-        nb.save_atomically({"kind": "detector", **detector}, folder / "best_model.pth")
+        content = {"kind": "detector", "history": [], **detector}
+        nb.save_atomically(content, folder / "best_model.pth")
 
 
 HALF, DONE = {"recipe": "r", "epoch": 3}, {"recipe": "r", "epoch": 5}
@@ -57,6 +59,18 @@ def test_train_resume_or_reuse(nb, tmp_path, mode, device, training, detector, r
     got, content = nb.plan_training(mode, tmp_path, "r", device, run_id)
     assert got == plan
     assert (content is None) == (plan == "train")
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_a_finished_training_whose_run_failed_later_is_not_lost(nb, tmp_path, device):
+    """It never became best_model.pth; a detector that was put there after it is left alone."""
+    place(nb, tmp_path, {**DONE, "history": [1]}, {**MINE, "history": [2]})
+    os.utime(tmp_path / "best_model.pth", (1e9, 1e9))
+    assert nb.plan_training("auto", tmp_path, "r", device)[0] == "resume"
+    assert nb.plan_training("fresh", tmp_path, "r", device)[0] == "train"
+    os.utime(tmp_path / "last.pth", (1e8, 1e8))
+    restored = nb.plan_training("auto", tmp_path, "r", device)[0]
+    assert restored == ("train" if device is CUDA else "reuse")
 
 
 def test_reuse_of_nothing_is_refused(nb, tmp_path):
