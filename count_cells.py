@@ -1196,9 +1196,9 @@ def count_class(scores, label, settings):
     expected = float(chances.sum() * counting["cells_per_detection"][label - 1])
     independent = math.sqrt(0.25 + float((chances * (1 - chances)).sum()))
     reach = 1.96 * counting["spread"][label - 1] * independent
-    least = max(0, round(expected - reach))
-    most = round(expected + reach)
     number = min(round(expected), len(scores))
+    least = max(0, min(round(expected - reach), number))
+    most = round(expected + reach)
     return Count(number, least, most)
 
 

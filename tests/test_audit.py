@@ -224,6 +224,7 @@ def test_pictures_without_contrast_share_nothing(nb):
         ("CLASS_NAMES", ["RBC", "RBC"]),
         ("CLASS_NAMES", []),
         ("PRECISION", "float8"),
+        ("FINETUNE_FROM", "checkpoints/best_model.pth"),
     ],
 )
 def test_constants_that_cannot_work_are_named(nb, name, value):

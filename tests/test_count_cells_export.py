@@ -136,6 +136,7 @@ def test_a_file_of_these_weights_is_known_again(nb, exported, metadata, tmp_path
     assert nb.is_export_of(exported, {**metadata, "counting": None})  # measured anew: no new file
     assert not nb.is_export_of(exported, {**metadata, "weights": "of another training"})
     assert not nb.is_export_of(exported, {**metadata, "precision": "int8"})
+    assert not nb.is_export_of(exported, {**metadata, "count_overlap": 0.3})  # counts otherwise
     assert not nb.is_export_of(exported, {**metadata, "format_version": 2})
     assert not nb.is_export_of(tmp_path / "absent.onnx", metadata)
     (tmp_path / "damaged.onnx").write_bytes(exported.read_bytes()[:1000])

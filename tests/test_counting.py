@@ -18,6 +18,13 @@ def test_the_number_and_the_interval_of_a_count(nb):
     assert nb.count_interval(np.empty(0), 1, counting)[:2] == (0, 0)
 
 
+def test_a_count_never_lies_below_its_interval(nb):
+    """Half of the cells have no detection, so fewer boxes than cells can be given."""
+    counting = {"calibration": {"edges": [0.01], "share right": [[1.0]]}}
+    counting.update({"per detection": [2.0], "spread": [0.1]})
+    assert nb.count_interval(np.full(10, 0.9), 1, counting) == (10, 10, 20)
+
+
 def drawn_matches(nb, seed, images, miss=0.1, alarms=6):
     """What a detector finds on images of 10 to 30 cells: some are missed, some detections are none."""
     g = np.random.default_rng(seed)

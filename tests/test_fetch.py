@@ -228,6 +228,7 @@ def test_a_run_says_what_it_lacks_what_that_costs_and_where_to_get_it(nb, tmp_pa
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "best_model.pth").write_bytes(b"")
     assert nb.what_is_missing("train", weights, {"an image": ()}) == []
+    assert nb.what_is_missing("train", None, {"an image": ()}) == []  # they are downloaded
     assert nb.what_is_missing("reuse", None, {"an image": ()}) == []
     (only,) = nb.what_is_missing("reuse", None, {})
     assert "complete_labels.json" in only

@@ -61,6 +61,14 @@ def test_train_resume_or_reuse(nb, tmp_path, mode, device, training, detector, r
     assert (content is None) == (plan == "train")
 
 
+@pytest.mark.parametrize(("mode", "device"), [("fresh", CPU), ("auto", CUDA)])
+def test_a_good_detector_is_kept_beside_the_one_that_replaces_it(nb, tmp_path, mode, device):
+    place(nb, tmp_path, None, MINE)
+    assert nb.plan_training(mode, tmp_path, "r", device)[0] == "train"
+    kept = tmp_path / "other_r_best_model.pth"
+    assert kept.read_bytes() == (tmp_path / "best_model.pth").read_bytes()
+
+
 @pytest.mark.parametrize("device", [CPU, CUDA])
 def test_a_finished_training_whose_run_failed_later_is_not_lost(nb, tmp_path, device):
     """It never became best_model.pth; a detector that was put there after it is left alone."""

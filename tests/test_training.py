@@ -332,7 +332,7 @@ def training_cells():
 
 
 def test_the_cells_of_the_training_can_be_run_again(nb, tiny, tmp_path, monkeypatch, capsys):
-    """The plan and the training once, then again: the second time it reuses what it trained."""
+    """Stopped after an epoch, then the last cell alone again, then all: nothing is trained twice."""
     train, val = tiny
     settings = {"NUM_EPOCHS": 2, "FROZEN_BLOCKS": 5, "CHECKPOINT_DIR": str(tmp_path)}
     for name, value in settings.items():
@@ -345,14 +345,26 @@ def test_the_cells_of_the_training_can_be_run_again(nb, tiny, tmp_path, monkeypa
     shared = vars(nb)
     before = set(shared)
     shared.update(space)
+    cells = [compile(cell.source, "<a cell>", "exec") for cell in training_cells()]
+    save_run = nb.save_run
+
+    def stop_after_the_first_epoch(run, folder):
+        save_run(run, folder)
+        raise KeyboardInterrupt
+
     try:
-        for _ in range(2):
-            for cell in training_cells():
-                exec(compile(cell.source, "<a cell>", "exec"), shared)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(nb, "save_run", stop_after_the_first_epoch)
+            for cell in cells:
+                exec(cell, shared)
+        exec(cells[-1], shared)
+        for cell in cells:
+            exec(cell, shared)
     finally:
         for name in set(shared) - before:
             del shared[name]
     said = capsys.readouterr().out
-    assert said.count("from the start") == 1 and said.count("reusing") == 1
+    assert said.count("from the start") == 1 and said.count("resumed after epoch 1") == 1
+    assert said.count("reusing") == 1
     assert said.count("epoch  2/2") == 2 and said.count("Lowest validation loss") == 2
     assert (tmp_path / "best_model.pth").is_file()
