@@ -507,7 +507,7 @@ def write_page(notebook, path: Path):
     temporary = path.with_name(f".{path.name}.new")  # a fixed name: the next run replaces it
     try:
         temporary.write_bytes(data)
-        os.replace(temporary, path)
+        rename(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -783,7 +783,7 @@ class Job:
                 self.env.pop(variable, None)
             elif typed is True:
                 self.env[variable] = "fresh"
-            elif typed or typed == "":  # "" is a value: no mirror, the shipped copy
+            elif isinstance(typed, str):  # also "": no mirror, the shipped copy
                 self.env[variable] = typed
         inject(self.notebook, self.values)
 
@@ -1065,7 +1065,7 @@ def copy_checkpoints(job: Job) -> None:
         if path.is_file() and not copied.exists():
             half = copied.with_name(f".{copied.name}.new")
             shutil.copyfile(path, half)
-            os.replace(half, copied)
+            rename(half, copied)
     job.console.note(f"{source} is write-protected: this run works on a copy of it")
 
 
@@ -1091,8 +1091,6 @@ class Owners:
         if job.target.parent.is_dir():
             found.extend(earlier_outputs(job.target))
         whole = [job.folder / "runs", job.place]
-        if job.place in job.target.parents:
-            found.append(job.target.parent)
         if job.checkpoints is not None:
             found.append(lock_of(job.checkpoints))
             whole.append(job.checkpoints)
@@ -1204,8 +1202,8 @@ def ensure_packages(console: Console, may_install: bool, only: str = "") -> None
         needed = [requirement for requirement in needed if requirement.startswith(only)]
         optional = []
     if may_install:
-        for some in (needed, optional):  # one of the second may not exist for this machine
-            wrong = find_problems(some)
+        for group in (needed, optional):  # one of the second may not exist for this machine
+            wrong = find_problems(group)
             if wrong:
                 console.note(f"{'; '.join(wrong.values())}: installing")
                 install(wrong)
@@ -1254,9 +1252,7 @@ def fetch_dataset(job: Job, cells, folder: Path) -> None:
         job.console.note(" ".join(map(str, words)))
 
     space = {"print": show}
-    url = job.env.get("BCCD_URL")
-    if url is None:
-        url = job.value("DATASET_URL")
+    url = job.env.get("BCCD_URL", job.value("DATASET_URL"))
     here = os.getcwd()
     try:
         os.chdir(job.folder)
@@ -1837,7 +1833,7 @@ def keep_outputs(job: Job, failure: Failure) -> None:
     if failure.code <= 128:  # not ended by a signal
         kept = free_name(job.target, "failed")
         try:
-            os.replace(job.partial, kept)
+            rename(job.partial, kept)
         except OSError:
             kept = job.partial
     failure.sentence += f" Outputs so far: {kept.name}"

@@ -1,6 +1,5 @@
 """What a run of the script publishes, where, and what it says: real kernels, small notebooks."""
 
-import contextlib
 import os
 import re
 import subprocess
@@ -136,11 +135,10 @@ def test_plain_lines_of_a_long_cell(place, capsys, monkeypatch):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals")
-def test_a_line_in_place_on_a_terminal(place):
-    """A line with section, elapsed time and the last line of the running cell, in place."""
+def run_on_a_terminal(place):
+    """The exit code of a run, and all that it wrote to a terminal."""
     import pty
 
-    place.write("print(1)", "## 10. Training", LONG)
     place.env.update(TERM="xterm", PYTHONIOENCODING="utf-8", COLUMNS="100")
     mine, theirs = pty.openpty()
     process = place.start(stdout=theirs, stderr=subprocess.STDOUT)
@@ -149,35 +147,30 @@ def test_a_line_in_place_on_a_terminal(place):
     while True:
         try:
             chunk = os.read(mine, 65536)
-        except OSError:
+        except OSError:  # the other end is closed
             break
         if not chunk:
             break
         shown += chunk
     os.close(mine)
-    process.wait(timeout=60)
-    text = shown.decode("utf-8")
-    assert process.returncode == 0, text
+    return process.wait(timeout=60), shown.decode("utf-8")
+
+
+def test_a_line_in_place_on_a_terminal(place):
+    """A line with section, elapsed time and the last line of the running cell, in place."""
+    place.write("print(1)", "## 10. Training", LONG)
+    code, text = run_on_a_terminal(place)
+    assert code == 0, text
     assert re.search(r"cell 2 of 2 \(10\. Training\) \d\.\d s epoch [2-7]", text)
     assert re.search(r"10\. Training\) \d\.\d s images [1-3]", text)
     assert text.rstrip().endswith("study.ipynb")
 
 
 def test_an_error_on_a_terminal_has_a_line_of_its_own(place):
-    import pty
-
     place.write("print(1)", LONG + "\nraise ValueError('no')")
-    place.env.update(TERM="xterm", PYTHONIOENCODING="utf-8", COLUMNS="100")
-    mine, theirs = pty.openpty()
-    process = place.start(stdout=theirs, stderr=subprocess.STDOUT)
-    os.close(theirs)
-    shown = b""
-    with contextlib.suppress(OSError):  # the other end is closed
-        while chunk := os.read(mine, 65536):
-            shown += chunk
-    os.close(mine)
-    assert process.wait(timeout=60) == 6
-    line = shown.decode("utf-8").splitlines()[-1]
+    code, text = run_on_a_terminal(place)
+    assert code == 6, text
+    line = text.splitlines()[-1]
     assert line.rpartition("\x1b[K")[2].startswith("error: Cell 2 of 2 failed"), line
 
 
