@@ -29,7 +29,8 @@ As a library:
     print(counter.count(image).counts["RBC"])
 
 The model is a file that ssd_bccd_detection.ipynb exports: network and everything
-that counting needs, in one.
+that counting needs, in one. checkpoints/ssd300_int8.onnx of the repository knows red
+cells, white cells and platelets.
 
 Exit codes: 0 every picture was counted; 1 a fault of this program; 2 the command is
 wrong; 3 some pictures could not be counted, the others are; 4 no picture was counted;
@@ -45,7 +46,6 @@ import contextlib
 import csv
 import dataclasses
 import errno
-import functools
 import glob
 import hashlib
 import html
@@ -74,13 +74,13 @@ try:
     import cv2
     import numpy as np
     import tifffile
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
     from tqdm import tqdm
 except ImportError as fault:
     if __name__ != "__main__":
         raise
     packages = "onnxruntime opencv-python-headless numpy pillow tifffile tqdm"
-    sys.exit(f"The package {fault.name} is missing: pip install {packages}")
+    sys.exit(f"{fault}. This program needs: pip install {packages}")
 
 VERSION = "1.0"
 FORMAT_VERSION = 1  # of the metadata in the model's file
@@ -96,7 +96,7 @@ SMALLEST_FIELD = 60  # pixels; below it there is nothing to see in a field
 SCALE_PICTURES = 3  # so many pictures of a size decide the scale of the others
 CUT_MARGIN = 0.04  # a box that ends so near to a tile's inner border may be a part
 BORDER_MARGIN = 0.005  # of a field: a box so near to the picture's border touches it
-SURELY_A_CELL = 0.1  # score below which a detection never replaces another
+HARDLY_A_CELL = 0.1  # score below which a detection yields to all others
 
 EXIT_COUNTED = 0
 EXIT_SOME_FAILED = 3
@@ -141,15 +141,12 @@ ORIENTATION_TAG = 0x0112  # of EXIF: 1 upright, to 8
 FULL_SCALES = (255, 1023, 4095, 16383, 65535)  # white of 8, 10, 12, 14 and 16 bits
 
 PLAIN_COLOURS = (0, 1, 2)  # of a TIFF: grey from white, grey from black, RGB
-SIGNATURES = (  # how files begin that are pictures whatever their ending
+TIFF_SIGNATURES = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")  # the last two: BigTIFF
+SIGNATURES = TIFF_SIGNATURES + (  # how files begin that are pictures whatever their ending
     b"\xff\xd8\xff",  # JPEG
     b"\x89PNG\r\n\x1a\n",
     b"GIF87a",
     b"GIF89a",
-    b"II*\x00",  # TIFF
-    b"MM\x00*",
-    b"II+\x00",  # BigTIFF
-    b"MM\x00+",
     b"\x00\x00\x00\x0cjP  ",  # JPEG 2000
     b"\xff\x4f\xff\x51",
 )
@@ -302,9 +299,10 @@ def orientation_of(image):
 def number_of_pages(image):
     """Pages or frames of a Pillow image; 1 where their directory is damaged.
 
-    The others of an MPO, a phone's JPEG, are previews or other views of the first.
+    The others of an MPO, a phone's JPEG, are previews or other views of the first; the
+    layers of a PSD are in its picture.
     """
-    if image.format == "MPO":
+    if image.format in ("MPO", "PSD"):
         return 1
     try:
         return getattr(image, "n_frames", 1)
@@ -352,11 +350,6 @@ def file_bytes(source):
     if isinstance(source, bytes):
         return np.frombuffer(bytearray(source), np.uint8)
     return np.fromfile(source, np.uint8)
-
-
-def read_with_opencv(source):
-    """A picture of more than eight bits, (H, W, 3) or (H, W), RGB, by OpenCV."""
-    return decode_with_opencv(file_bytes(source))
 
 
 def read_pages_with_opencv(source, tiff, pages):
@@ -421,13 +414,11 @@ def read_with_pillow(source):
     with without_pillows_limit(), Image.open(file) as image:
         check_size(*image.size)
         pages = number_of_pages(image)
-        if pages > 1:
-            image.seek(0)
         deep = is_deep_colour(image)
         image.load()
         orientation = orientation_of(image)
         if deep:
-            pixels = as_rgb(read_with_opencv(source))
+            pixels = as_rgb(decode_with_opencv(file_bytes(source)))
         elif image.mode[0] in "IF":
             pixels = as_rgb(np.asarray(image))
         else:
@@ -597,7 +588,7 @@ def read_picture(source):
         is_heic = start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"mif1", b"hevc")
         if is_heic:
             raise PictureError(needs_conversion("picture.heic"))
-        if start[:4] in (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+"):
+        if start.startswith(TIFF_SIGNATURES):
             image, pages = read_tiff(source)
         else:
             image, pages = read_with_pillow(source)
@@ -605,9 +596,9 @@ def read_picture(source):
         raise
     except MemoryError:
         raise PictureError("there is not enough memory for it: cut it into parts") from None
+    except UnidentifiedImageError:
+        raise PictureError("it is no picture, or a damaged one") from None
     except Exception as fault:  # decoders fail in every way; no file may end a run
-        if "cannot identify" in str(fault):
-            raise PictureError("it is no picture, or a damaged one") from None
         if "truncated" in str(fault).lower():
             raise PictureError("the file was cut off") from None
         raise PictureError(in_a_few_words(fault, source)) from None
@@ -616,7 +607,10 @@ def read_picture(source):
 
 
 def picture_size(path):
-    """The upright (width, height) of a picture by its header alone, or None."""
+    """The upright (width, height) of a picture by its header alone, or None.
+
+    Of a TIFF that Pillow does not open, as it lies in the file.
+    """
     try:
         with without_pillows_limit(), Image.open(path) as image:
             width, height = image.size
@@ -786,8 +780,11 @@ def open_session(path, threads):
         raise ModelError(f"There is no model {path}: name one with --model.")
     try:
         import onnxruntime  # here: only workers need it, and its import takes memory
-    except ImportError:
-        raise ModelError("onnxruntime is missing: pip install onnxruntime") from None
+    except ImportError as fault:
+        reason = in_a_few_words(fault, path)
+        raise ModelError(
+            f"onnxruntime cannot be imported ({reason}): pip install onnxruntime"
+        ) from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -886,22 +883,13 @@ def find_in_tile(find, image, tile, width, height):
     left, top, right, bottom = cells["boxes"].T
     near_x = CUT_MARGIN * tile_width
     near_y = CUT_MARGIN * tile_height
-    inner_left = x > 0
-    inner_top = y > 0
-    inner_right = x + tile_width < width
-    inner_bottom = y + tile_height < height
-
-    touches_left = inner_left & (left < near_x)
-    touches_top = inner_top & (top < near_y)
-    touches_right = inner_right & (tile_width - right < near_x)
-    touches_bottom = inner_bottom & (tile_height - bottom < near_y)
-    may_be_part = touches_left | touches_top | touches_right | touches_bottom
-
-    along_left = inner_left & (right < near_x)
-    along_top = inner_top & (bottom < near_y)
-    along_right = inner_right & (tile_width - left < near_x)
-    along_bottom = inner_bottom & (tile_height - top < near_y)
-    is_strip = along_left | along_top | along_right | along_bottom
+    margins = np.array([near_x, near_y, near_x, near_y], np.float32)
+    is_inner = np.array([x > 0, y > 0, x + tile_width < width, y + tile_height < height])
+    # of each box its nearer and its farther side from each border of the tile, (n, 4)
+    nearer = np.stack([left, top, tile_width - right, tile_height - bottom], axis=1)
+    farther = np.stack([right, bottom, tile_width - left, tile_height - top], axis=1)
+    may_be_part = (is_inner & (nearer < margins)).any(1)
+    is_strip = (is_inner & (farther < margins)).any(1)
 
     corner = np.array([x, y, x, y], np.float32)
     limit = np.array([width, height, width, height], np.float32)
@@ -915,7 +903,7 @@ def merit_order(cells, cut):
     those that are hardly cells, by score.
     """
     rank = np.where(cut, 1, 0)
-    rank[cells["scores"] < SURELY_A_CELL] = 2
+    rank[cells["scores"] < HARDLY_A_CELL] = 2
     merit = np.where(rank == 1, box_areas(cells["boxes"]), cells["scores"])
     return np.lexsort((-merit, rank)).tolist()
 
@@ -1035,9 +1023,9 @@ def find_in_tiles(find, image, field, max_overlap):
     parts = [find_in_tile(find, image, tile, width, height) for tile in tiles]
     cells = concatenate(parts)
     cut = cells.pop("cut")
-    if cut.any():
-        return join_parts(cells, cut, max_overlap)
-    return cells
+    if len(tiles) == 1:
+        return cells
+    return join_parts(cells, cut, max_overlap)
 
 
 # --------------------------------------------------------------------------------------
@@ -1464,10 +1452,10 @@ def shown_name(name):
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def files_of_folder(folder, nested, closed):
+def files_of_folder(folder, nested, output, closed):
     """The files of a folder, in no order; folders that are not entered go to `closed`.
 
-    Results of earlier runs are left out: annotated/ and voc/ beside a journal.
+    Results are left out: the output folder inside, and annotated/ and voc/ beside a journal.
     """
     files = []
 
@@ -1477,6 +1465,7 @@ def files_of_folder(folder, nested, closed):
         closed.append(Path(fault.filename))
 
     for parent, folders, names in os.walk(folder, onerror=note_unreadable):
+        folders[:] = [name for name in folders if os.path.abspath(Path(parent, name)) != output]
         if JOURNAL_NAME in names:
             ours = {ANNOTATED_FOLDER, VOC_FOLDER}
             folders[:] = [name for name in folders if name not in ours]
@@ -1504,31 +1493,26 @@ def common_folder(inputs):
 def find_pictures(inputs, nested, output):
     """Sort the files of the inputs (paths of files and folders). Returns Found.
 
-    The output folder is left out, unless it is one of the inputs. Raises CountError for
-    an input that is not there.
+    An output folder inside them is left out, unless it is one of the inputs.
     """
     base = common_folder(inputs)
+    output = os.path.abspath(output)
     found = Found({}, {}, [], [], nested)
     closed = []
-    files = {}
+    files = {}  # path: whether it was named by itself
     for path in inputs:
-        if not os.path.exists(path):
-            raise CountError(f"There is no file or folder {shown_name(path)}.")
         if os.path.isdir(path):
-            for file in files_of_folder(path, nested, closed):
-                files[os.path.abspath(file)] = False
+            for file in files_of_folder(path, nested, output, closed):
+                files.setdefault(os.path.abspath(file), False)
         else:
             files[os.path.abspath(path)] = True
-    output = os.path.abspath(output)
-    is_input = output in [os.path.abspath(path) for path in inputs]
     for path, asked_for in sorted(files.items()):
-        if not is_input and path.startswith(output + os.sep):
-            continue
         name = os.path.relpath(path, base) if base else path
         name = name.replace(os.sep, "/")
         sort_file(found, name, Path(path), asked_for)
     found.pictures = dict(sorted(found.pictures.items()))
-    closed = [path for path in closed if os.path.abspath(path) != output]
+    given = [os.path.abspath(path) for path in inputs]
+    closed = [path for path in closed if os.path.abspath(path) not in given]
     found.closed = sorted(shown_name(path.name) for path in closed)
     return found
 
@@ -1582,24 +1566,20 @@ def default_output(inputs):
 UNUSABLE_NAME = (errno.EINVAL, errno.ENAMETOOLONG, errno.EILSEQ, errno.ENOENT)
 
 
-def save_whole(path, content):
-    """Write bytes to a file, whole or not at all.
+@contextlib.contextmanager
+def whole_file(path, mode="wb", **text):
+    """A file to write, which takes the place of `path` when it is complete.
 
     Raises OutputError: UnusableNameError where only the name is at fault.
     """
     path = Path(path)
-    temporary = None
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-        with open(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o666 & ~current_umask())
+        with open(temporary, mode, **text) as file:
+            yield file
         os.replace(temporary, path)
     except OSError as fault:
-        if temporary:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
         if fault.errno in UNUSABLE_NAME:
             raise UnusableNameError(
                 f"{shown_name(path)} cannot be written: {fault.strerror}. Name another folder "
@@ -1609,13 +1589,15 @@ def save_whole(path, content):
             f"{shown_name(path)} cannot be written: {fault.strerror or fault}. If another "
             "program has it open, close it; then give the same command again."
         ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
-def current_umask():
-    """The permissions that new files do not get; temporary files have fewer still."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def save_whole(path, content):
+    """Write bytes to a file, whole or not at all. Raises as `whole_file`."""
+    with whole_file(path) as file:
+        file.write(content)
 
 
 def result_path(output, folder, name, ending):
@@ -1709,7 +1691,7 @@ def as_jpeg(image, quality=90):
 
 
 def clean_for_xml(text):
-    """A text without the control characters that XML does not allow."""
+    """A text with "?" for each control character: XML allows few of them."""
     return "".join(letter if letter >= " " else "?" for letter in text)
 
 
@@ -1831,9 +1813,10 @@ def count_task(task):
     record = {"name": task.name, "stamp": task.stamp, "given_field": task.field}
     try:
         image, pages = read_picture(task.path)
-        counted = counter_of_worker(task.threads).count(image, task.field)
+        counter = counter_of_worker(task.threads)
+        counted = counter.count(image, task.field)
         record.update(picture_record(image, counted, pages))
-        write_results(task.name, image, counted, record)
+        write_results(task.name, image, counted, record, counter.settings)
         record["state"] = "counted"
     except PictureError as fault:
         record.update(state="unreadable", reason=str(fault))
@@ -1868,10 +1851,10 @@ def picture_record(image, counted, pages):
     }
 
 
-def write_results(name, image, counted, record):
+def write_results(name, image, counted, record, settings):
     """Write the annotated picture and, if asked for, the Pascal VOC file."""
     options = worker_options
-    drawn = draw_cells(image, counted, counter_of_worker().settings)
+    drawn = draw_cells(image, counted, settings)
     save_whole(annotated_path(options.output, name), as_jpeg(drawn))
     if options.voc:
         content = voc_xml(name, record["width"], record["height"], record["cells"])
@@ -2233,9 +2216,9 @@ class Run:
             else:
                 fields = self.decide_fields()
                 self.count_tasks(self.followers(fields))
-            self.count_tasks(self.drawn_otherwise())
+            self.count_tasks(self.forget_drawn_otherwise())
 
-    def drawn_otherwise(self):
+    def forget_drawn_otherwise(self):
         """Forget the records that the drawings do not show. Returns their tasks."""
         tasks = []
         for task in self.tasks.values():
@@ -2364,14 +2347,15 @@ def make_task(name, path):
 
 @dataclasses.dataclass
 class Line:
-    """What the report needs of a picture: name; state; counts [[number, least, most]] in
-    the order of classes; remark or reason.
+    """What the report needs of a picture: its name as it is shown; state; counts [[number,
+    least, most]] in the order of classes; remark or reason; its name as it is.
     """
 
     name: str
     state: str
     counts: list
     remark: str
+    raw_name: str = ""
 
 
 class Totals:
@@ -2424,7 +2408,7 @@ class Totals:
 
     def an_image(self, place):
         """How many cells of a class an image has, in words."""
-        return f"{self.cells[place] / max(self.pictures, 1):.1f} an image"
+        return f"{self.cells[place] / self.pictures:.1f} an image"
 
     def sentences(self):
         """One line of the summary for each class."""
@@ -2447,25 +2431,9 @@ DETECTION_COLUMNS = (
 )
 
 
-@contextlib.contextmanager
 def whole_table(path):
-    """A text file for a table, in the place of `path` when it is complete.
-
-    Raises OutputError. It begins with the mark by which spreadsheets know UTF-8.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8-sig", newline="") as file:
-            yield file
-        os.replace(temporary, path)
-    except OSError as fault:
-        raise OutputError(
-            f"{shown_name(path)} cannot be written: {fault.strerror or fault}. If another "
-            "program has it open, close it; then give the same command again."
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    """`whole_file` for a table, with the mark by which spreadsheets know UTF-8."""
+    return whole_file(path, "w", encoding="utf-8-sig", newline="")
 
 
 def write_tables(output, records, not_counted, settings):
@@ -2515,14 +2483,16 @@ def write_record(counts_table, detections_table, record, class_names):
         remark = f"{words}: {record['reason']}"
         counts_table.writerow({"image": name_in_table, "remark": remark})
         return Line(name, record["state"], [], record["reason"])
+    counts = {}
+    for class_name, numbers in record["counts"].items():
+        counts[class_name] = Count(*numbers)
     row = {"image": name_in_table, "remark": record["remark"]}
-    counts = [record["counts"][class_name] for class_name in class_names]
-    for class_name, (number, least, most) in zip(class_names, counts, strict=True):
-        row.update(count_values({class_name: Count(number, least, most)}))
+    row.update(count_values(counts))
     counts_table.writerow(row)
     for cell in record["cells"]:
         detections_table.writerow([name_in_table, *cell])
-    return Line(name, "counted", counts, record["remark"])
+    in_order = [record["counts"][class_name] for class_name in class_names]
+    return Line(name, "counted", in_order, record["remark"], record["name"])
 
 
 def some_of(names, most=10):
@@ -2533,11 +2503,15 @@ def some_of(names, most=10):
     return text
 
 
-def why_closed(found):
-    """Why folders inside were left out, as a piece of a sentence."""
-    if found.nested:
-        return " (links, or without permission)"
-    return " without --nested"
+def left_out(found):
+    """Which files and folders were left out: [line]."""
+    text = []
+    if found.others:
+        text.append(f"No pictures, left out: {some_of(found.others)}")
+    if found.closed:
+        why = " (links, or without permission)" if found.nested else " without --nested"
+        text.append(f"Folders inside, left out{why}: {some_of(found.closed)}")
+    return text
 
 
 def near_path(path):
@@ -2557,15 +2531,13 @@ def summary_lines(lines, totals, found, output):
         text += [f"   {line.name}: {line.remark}" for line in failed[:20]]
         if len(failed) > 20:
             text.append(f"   and {len(failed) - 20} more: see counts.csv")
-    if found.others:
-        text.append(f"No pictures, left out: {some_of(found.others)}")
-    if found.closed:
-        text.append(f"Folders inside, left out{why_closed(found)}: {some_of(found.closed)}")
+    text += left_out(found)
     text.append(
         f"{totals.pictures} images counted, {len(remarked)} of them with a remark; "
         f"{len(failed)} files not counted"
     )
-    text += totals.sentences()
+    if totals.pictures:
+        text += totals.sentences()
     text.append(f"Results: {shown_name(near_path(output / 'report.html'))}")
     return text
 
@@ -2671,10 +2643,8 @@ def total_cards(totals, settings):
 
 def histogram_edges(highest, most_bars=20):
     """Whole numbers where the bars of a histogram begin, and the last one's end."""
-    width = 1
-    for candidate in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000):
-        width = candidate
-        if highest / candidate < most_bars:
+    for width in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000):
+        if highest / width < most_bars:
             break
     return list(range(0, highest + width + 1, width))
 
@@ -2772,18 +2742,15 @@ def failed_table(failed):
     )
 
 
-def write_report(output, lines, raw_names, totals, settings):
-    """Write report.html: totals, histograms, the doubtful pictures first.
-
-    lines: [Line]; raw_names: {shown name: name} of the counted pictures.
-    """
+def write_report(output, lines, totals, settings):
+    """Write report.html from lines [Line]: totals, histograms, the doubtful pictures first."""
     class_names = settings["class_names"]
     counted = [line for line in lines if line.state == "counted"]
     failed = [line for line in lines if line.state != "counted"]
     counted.sort(key=doubt)
     rows = []
     for line in counted:
-        rows.append((line, annotated_path(output, raw_names[line.name])))
+        rows.append((line, annotated_path(output, line.raw_name)))
     remarked = sum(1 for line in counted if line.remark)
     parts = [
         "<h1>Cell counts</h1>",
@@ -2791,8 +2758,9 @@ def write_report(output, lines, raw_names, totals, settings):
         f"{len(failed):,} files not counted. Tables: "
         '<a href="counts.csv">counts.csv</a>, <a href="detections.csv">detections.csv</a>.'
         "</p>",
-        f'<div class="cards">{total_cards(totals, settings)}</div>',
     ]
+    if counted:
+        parts.append(f'<div class="cards">{total_cards(totals, settings)}</div>')
     if failed:
         parts.append(failed_table(failed))
     if counted:
@@ -2884,8 +2852,8 @@ def parse_arguments(arguments):
         "was, 2 wrong command, 5 model, 6 results cannot be written, 130 and 143 stopped.",
     )
     parser.add_argument("inputs", nargs="+", type=named_path, metavar="PICTURES")
-    parser.add_argument("-o", "--output", type=Path, help="default: PICTURES_cells")
-    parser.add_argument("-m", "--model", type=Path, help="an exported ONNX file")
+    parser.add_argument("-o", "--output", type=named_path, help="default: PICTURES_cells")
+    parser.add_argument("-m", "--model", type=named_path, help="an exported ONNX file")
     parser.add_argument("--nested", action="store_true", help="also folders in folders")
     parser.add_argument("--voc", action="store_true", help="also Pascal VOC files")
     parser.add_argument("--fresh", action="store_true", help="count everything anew")
@@ -2948,7 +2916,8 @@ def choose_model(named, folder=PROGRAM_FOLDER, earlier=None):
     if not found:
         raise ModelError(
             f"There is no model {' or '.join(MODEL_NAMES)} beside count_cells.py or in "
-            "checkpoints/: run section 15 of the notebook, or name one with --model."
+            "checkpoints/: put ssd300_int8.onnx there, which lies in checkpoints/ of the "
+            "repository, or name a model with --model."
         )
     if len(found) == 1:
         return found[0]
@@ -2969,12 +2938,13 @@ def remembered_speed(eight_bits, full):
     memory = {}
     with contextlib.suppress(OSError, ValueError):
         memory = json.loads(speed_file().read_text())
-    if isinstance(memory, dict) and isinstance(memory.get(key), float):
-        return memory[key]
-    ratio = measured_speed(eight_bits, full)
-    with contextlib.suppress(OSError, OutputError):
-        save_whole(speed_file(), json.dumps({**memory, key: ratio}).encode())
-    return ratio
+    if not isinstance(memory, dict):
+        memory = {}
+    if not isinstance(memory.get(key), float):
+        memory[key] = measured_speed(eight_bits, full)
+        with contextlib.suppress(OSError, OutputError):
+            save_whole(speed_file(), json.dumps(memory).encode())
+    return memory[key]
 
 
 def measured_speed(eight_bits, full):
@@ -2989,11 +2959,7 @@ def measured_speed(eight_bits, full):
 
 def digest_of(path):
     """16 hex digits that tell a model's file from others."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(functools.partial(file.read, 2**20), b""):
-            digest.update(block)
-    return digest.hexdigest()[:16]
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def stop_on_signal(number, frame):
@@ -3061,18 +3027,15 @@ def print_no_pictures(found):
     """Say that there is nothing to count, and what is there."""
     for name, reason in found.not_counted.items():
         print(f"   {shown_name(name)}: {reason}")
-    if found.others:
-        print(f"No pictures: {some_of(found.others)}")
-    if found.closed:
-        print(f"Folders inside, left out{why_closed(found)}: {some_of(found.closed)}")
+    for text in left_out(found):
+        print(text)
     print("There is no picture to count.")
 
 
 def finish(run, found, output, settings):
     """Write tables and report, and say what was counted. Returns the lines."""
     lines, totals = write_tables(output, run.records(), found.not_counted, settings)
-    raw_names = {shown_name(name): name for name in found.pictures}
-    write_report(output, lines, raw_names, totals, settings)
+    write_report(output, lines, totals, settings)
     for text in summary_lines(lines, totals, found, output):
         print(text)
     return lines

@@ -98,6 +98,12 @@ def test_a_cell_that_every_tile_cuts_survives(counter, side, x):
     assert each_found_once(find(counter, picture(1040, 480, squares)), boxes_of(squares), 0.9)
 
 
+def test_a_cell_that_two_tiles_hold_whole_is_found_once(counter):
+    """The tiles of a 1040x480 picture share its middle; no box touches their borders."""
+    squares = [(480, 200, 80)]
+    assert each_found_once(find(counter, picture(1040, 480, squares)), boxes_of(squares))
+
+
 def test_a_part_a_few_pixels_from_the_border_is_not_counted_again():
     """A cell of 90 pixels, and a part of it that a tile saw and that ends four pixels before the
     tile does.

@@ -176,6 +176,24 @@ def test_pages_and_channels(tmp_path):
     assert np.abs(image.astype(int) - BASE).max() <= 3
 
 
+def photoshop_file(pixels, layers):
+    """The bytes of a PSD of these pixels (H, W, 3), with empty layers."""
+    height, width = pixels.shape[:2]
+    head = b"8BPS" + struct.pack(">H6xHIIHH", 1, 3, height, width, 8, 3)
+    layer = struct.pack(">4iH", 0, 0, 0, 0, 0) + b"8BIMnorm" + struct.pack(">4BI", 255, 0, 0, 0, 0)
+    content = struct.pack(">h", layers) + layer * layers
+    info = struct.pack(">I", len(content)) + content
+    planes = np.moveaxis(pixels, -1, 0).tobytes()
+    return head + struct.pack(">III", 0, 0, len(info)) + info + struct.pack(">H", 0) + planes
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_layered_picture_is_read_as_it_looks(tmp_path, layers):
+    (tmp_path / "a.psd").write_bytes(photoshop_file(BASE, layers))
+    assert Image.open(tmp_path / "a.psd").n_frames == layers
+    assert agrees(tmp_path / "a.psd")
+
+
 COLOURS = np.stack([DEEP[..., 0], DEEP[..., 0] // 2, 255 - DEEP[..., 0]]) * 257  # (3, 48, 64)
 
 

@@ -333,10 +333,11 @@ def test_nothing_to_count_is_said(model, here, capsys):
     for name in ("absent", "n" * 300, "*.jpg"):
         assert count(model, name) == 2
         assert f"There is no file or folder {name}." in capsys.readouterr().err
-    with pytest.raises(SystemExit) as ended:
-        count(model, "")
-    assert ended.value.code == 2
-    assert "a name is empty: give a file or a folder" in capsys.readouterr().err
+    for arguments in ([""], ["in", "--output", ""]):
+        with pytest.raises(SystemExit) as ended:
+            count(model, *arguments)
+        assert ended.value.code == 2
+        assert "a name is empty: give a file or a folder" in capsys.readouterr().err
     (here / "in").mkdir()
     (here / "in" / "notes.txt").write_text("x")
     assert count(model, "in") == count_cells.EXIT_NONE_COUNTED
@@ -344,6 +345,27 @@ def test_nothing_to_count_is_said(model, here, capsys):
     (here / "in" / "a.png").write_bytes(b"x")
     assert count(model, "in") == count_cells.EXIT_NONE_COUNTED
     assert counts_of("in_cells") == {"a.png": None}
+    assert "RBC" not in capsys.readouterr().out  # no totals of no picture
+    assert 'class="card"' not in (here / "in_cells" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("output", [".", "in", "in/results"])
+def test_results_may_lie_anywhere(model, here, output):
+    """With the output folder around or inside the pictures all of them are counted, each time."""
+    save(here / "in" / "a.png")
+    save(here / "in" / "day2" / "b.png", SQUARES[:1])
+    for _ in range(2):
+        assert count(model, "in", "--nested", "-o", output) == 0
+        assert counts_of(output) == {"a.png": 3, "day2/b.png": 1}
+
+
+def test_a_file_that_is_named_counts_whatever_folder_is_named_too(model, here, capsys):
+    save(here / "in" / ".a.png")
+    save(here / "in" / "day2" / "b.png", SQUARES[:1])
+    for inputs in (["in/.a.png", "in"], ["in", "in/.a.png"]):
+        assert count(model, *inputs, "in/day2", "-o", "out") == 0
+        assert counts_of("out") == {".a.png": 3, "day2/b.png": 1}
+        assert "left out" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -393,10 +415,11 @@ def test_of_two_models_the_faster_one_counts_and_the_measurement_is_remembered(
     assert count_cells.choose_model(None, here) == int8
     monkeypatch.setattr(count_cells, "measured_speed", ratio(1.6))
     assert count_cells.choose_model(None, here) == int8 and len(asked) == 1  # remembered
-    (here / "cache" / "speed.json").write_text("damaged")
-    assert count_cells.choose_model(None, here) == float32 and len(asked) == 2
+    for number, content in enumerate(["damaged", "[]", "null"], 2):
+        (here / "cache" / "speed.json").write_text(content)
+        assert count_cells.choose_model(None, here) == float32 and len(asked) == number
     float32.unlink()
-    assert count_cells.choose_model(None, here) == int8 and len(asked) == 2
+    assert count_cells.choose_model(None, here) == int8 and len(asked) == 4
 
 
 def tables_of(folder):
