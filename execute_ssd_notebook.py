@@ -224,7 +224,7 @@ class Signals:
         self.failure = None  # what the first signal asked for
         self.how_to_go_on = "run it again to go on"
         self.may_raise = True
-        self.kill_kernel = None  # set while there is a kernel
+        self.kill_kernel = None  # set from the first kernel on
         self.earlier_handlers = {}
 
     def listen(self) -> None:
@@ -366,22 +366,16 @@ def tags(cell) -> set:
     return set(cell.metadata.get("tags", []))
 
 
-def is_code(cell) -> bool:
-    """Whether it is a code cell with code in it: an empty one is nothing to execute."""
-    return cell.cell_type == "code" and cell.source.strip() != ""
+def is_run(cell) -> bool:
+    """Whether a run executes it, as nbclient does: code, not empty, not tagged to be skipped."""
+    return cell.cell_type == "code" and cell.source.strip() != "" and SKIPPED not in tags(cell)
 
 
 def cells_to_run(notebook, tag: str = ""):
-    """The code cells that a run executes, or those of them with a tag, in order.
-
-    The one rule for the run and the checklist, nbclient's: empty cells and cells tagged
-    `skip-execution` do not belong to them.
-    """
+    """The code cells that a run executes, or those of them with a tag, in order."""
     cells = []
     for cell in notebook.cells:
-        if not is_code(cell) or SKIPPED in tags(cell):
-            continue
-        if tag == "" or tag in tags(cell):
+        if is_run(cell) and (tag == "" or tag in tags(cell)):
             cells.append(cell)
     return cells
 
@@ -670,7 +664,7 @@ def shown_outputs(notebook):
         if cell.cell_type != "code":
             continue
         where = "in a cell that is not executed"
-        if is_code(cell) and SKIPPED not in tags(cell):
+        if is_run(cell):
             number += 1
             where = f"in code cell {number}"
         for output in cell.outputs:
@@ -768,14 +762,11 @@ class Job:
         inject(self.notebook, {})  # takes out what an earlier run injected
         self.known = read_constants(self.notebook)
         self.values = read_overrides(options.overrides, self.known)
-        for name in ("DATA_DIR", "VGG16_WEIGHTS"):
-            if name in self.values:  # not every shell replaces ~ behind an equals sign
-                self.values[name] = os.path.expanduser(self.values[name])
+        for name, value in self.values.items():
+            if isinstance(value, str):  # not every shell replaces ~ behind an equals sign
+                self.values[name] = os.path.expanduser(value)
         self.check_clashes()
-        kind = ""
-        if self.values:
-            kind = "custom"
-        self.choose_target(kind)
+        self.choose_target()
         self.choose_folders()
         for name, (variable, option) in INPUTS.items():
             typed = getattr(options, option)
@@ -800,16 +791,16 @@ class Job:
                 why = "the notebook's own folder, which a run with -p never writes to"
                 raise Failure(Exit.USAGE, f"-p CHECKPOINT_DIR: that is {why}.")
 
-    def choose_target(self, kind: str) -> None:
-        """Where the result goes; what kind of run it is, in words for a folder below runs/."""
-        self.draft = kind != ""  # a page that is not the project's own
+    def choose_target(self) -> None:
+        """Where the result goes: in place, below runs/ with overrides, or where --output says."""
+        self.draft = bool(self.values)  # a page that is not the project's own
         self.target = self.source
         runs = self.folder / "runs"
         if self.draft:
-            self.target = runs / kind / self.source.name
+            self.target = runs / "custom" / self.source.name
         output = self.options.output
         if output:
-            self.target = Path(os.path.realpath(output))
+            self.target = Path(os.path.realpath(os.path.expanduser(output)))
             in_place = self.draft and self.target == self.source
             if self.target.suffix != ".ipynb" or in_place:
                 why = "name a file that ends in .ipynb; overrides are never published in place"
@@ -822,7 +813,6 @@ class Job:
             self.place = self.target.parent
         self.partial = free_name(self.target, "partial")  # the working copy
         self.work = self.target.with_name(f".{stem}.run")  # the kernel's own files
-        self.work_is_kept = False
 
     def choose_folders(self) -> None:
         """Where checkpoints go: an own folder for a run with overrides.
@@ -849,15 +839,16 @@ class Job:
 
     def trains_anew(self) -> bool:
         """Whether a training from the start was asked for."""
-        asked = [self.env.get("SSD_TRAINING"), self.value("TRAINING")]
-        return self.options.fresh or "fresh" in asked
+        return (self.env.get("SSD_TRAINING") or self.value("TRAINING")) == "fresh"
 
     def value(self, name: str):
         """A constant as this run has it."""
         return self.values.get(name, self.known.get(name))
 
-    def input_path(self, name: str):
-        """An input, or None: relative to this folder in the environment, else to the notebook's."""
+    def settle_input(self, name: str):
+        """An input's path, or None. To be called once: what was typed counts from the working
+        folder, and the kernel gets it as counted from the notebook's.
+        """
         variable, _ = INPUTS[name]
         typed = self.env.get(variable)
         if typed:
@@ -880,8 +871,10 @@ def read_constants(notebook):
     sources = []
     for cell in cells_to_run(notebook, "parameters"):
         sources.append(cell.source)
+    # without Jupyter's own lines: %matplotlib inline, !pip list
+    code = re.sub(r"^[ \t]*[%!].*$", "", "\n".join(sources), flags=re.MULTILINE)
     try:
-        statements = ast.parse("\n".join(sources)).body
+        statements = ast.parse(code).body
     except (SyntaxError, ValueError):
         return {}  # the kernel will say so
     found = {}
@@ -892,7 +885,7 @@ def read_constants(notebook):
         if isinstance(target, ast.Name):
             try:
                 found[target.id] = ast.literal_eval(statement.value)
-            except ValueError:
+            except (ValueError, TypeError):
                 found[target.id] = None
     return found
 
@@ -923,7 +916,7 @@ def read_value(name: str, text: str, default):
         literal = text.strip()
         if kind is bool:
             literal = literal.title()
-        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+        with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             value = ast.literal_eval(literal)
     if kind is float and type(value) is int:
         value = float(value)
@@ -1202,7 +1195,10 @@ def ensure_packages(console: Console, may_install: bool, only: str = "") -> None
         needed = [requirement for requirement in needed if requirement.startswith(only)]
         optional = []
     if may_install:
-        for group in (needed, optional):  # one of the second may not exist for this machine
+        groups = [needed]
+        for requirement in optional:  # one by one: one may not exist for this machine
+            groups.append([requirement])
+        for group in groups:
             wrong = find_problems(group)
             if wrong:
                 console.note(f"{'; '.join(wrong.values())}: installing")
@@ -1231,7 +1227,7 @@ def ensure_packages(console: Console, may_install: bool, only: str = "") -> None
 def find_dataset(job: Job) -> None:
     """Step 2. Failure DATASET."""
     cells = cells_to_run(job.notebook, "fetch")
-    folder = job.input_path("DATA_DIR")
+    folder = job.settle_input("DATA_DIR")
     named = job.env.get("BCCD_DATASET") or "DATA_DIR" in job.values
     if named and folder is not None and not folder.is_dir():
         why = f"There is no folder {folder}: name one that is there"
@@ -1277,14 +1273,13 @@ def fetch_dataset(job: Job, cells, folder: Path) -> None:
 
 def check_weights(job: Job) -> None:
     """Step 3: a file that is named is there; a damaged detector is said before anybody waits."""
-    file = job.input_path("VGG16_WEIGHTS")
+    file = job.settle_input("VGG16_WEIGHTS")
     if file is not None and not file.is_file():
         why = f"There is no file {file}: name VGG-16's features by --weights or VGG16_WEIGHTS."
         raise Failure(Exit.WEIGHTS, why)
     job.console.note(f"VGG-16's features: {file or 'the notebook chooses'}")
-    folder = job.value("CHECKPOINT_DIR")
-    if folder:
-        detector = job.folder / folder / "best_model.pth"
+    if job.checkpoints is not None:
+        detector = job.checkpoints / "best_model.pth"
         damage = find_damage(detector)
         if damage:
             why = f"{detector} is damaged ({damage}) and cannot be reused"
@@ -1297,9 +1292,10 @@ def find_damage(file: Path) -> str:
     if not file.is_file():
         return ""
     try:
-        return zipfile.ZipFile(file).testzip() or ""
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError) as error:
-        return str(error)
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip() or ""
+    except Exception as error:  # damage has many kinds: zlib.error, RuntimeError, ...
+        return str(error) or type(error).__name__
 
 
 # ---------------------------------------------------------------------------------------
@@ -1338,6 +1334,8 @@ def make_executor(execution):
         def process_message(self, message, cell, cell_index: int):
             """nbclient's; streams are joined as they grow, and not kept without end."""
             if message["msg_type"] != "stream":
+                if message["msg_type"] == "clear_output" and execution.printed <= OUTPUT_LIMIT:
+                    execution.printed = 0
                 return super().process_message(message, cell, cell_index)
             if execution.printed > OUTPUT_LIMIT:
                 execution.kill()  # an interrupt would wait for all that is on its way
@@ -1395,7 +1393,7 @@ class Execution:
         total = len(cells_to_run(self.notebook))
         names = {}
         for index, cell in enumerate(self.notebook.cells):
-            if is_code(cell) and SKIPPED not in tags(cell):
+            if is_run(cell):
                 name = f"cell {len(names) + 1} of {total}"
                 if titles[index]:
                     name += f" ({titles[index]})"
@@ -1675,7 +1673,7 @@ def validate(job: Job, notebook) -> None:
     except nbformat.ValidationError as error:
         version = f"{page.nbformat}.{page.nbformat_minor}"
         why = f"The result is no valid notebook of format {version}: {one_line(error)}"
-        raise Failure(Exit.VALIDATION, f"{why}; save the notebook in a newer one.") from None
+        raise Failure(Exit.VALIDATION, f"{why}.") from None
     # a path in an output is no reason to throw hours of work away; --check is stricter
     lines = check_page(page, size, job.folder, job.draft, WARNING)
     show_checklist(job.console, lines, job.target.name)
@@ -1690,10 +1688,7 @@ def publish(job: Job) -> None:
 
     Failure VALIDATION, STORAGE.
     """
-    now = b""
-    if job.source.is_file():
-        now = job.source.read_bytes()
-    if job.target == job.source and now != job.data:
+    if job.target == job.source and not is_untouched(job):
         why = f"{job.source.name} was edited during the run and is left alone"
         raise Failure(Exit.VALIDATION, f"{why}: run it again.")
     pairs = []
@@ -1703,8 +1698,8 @@ def publish(job: Job) -> None:
     pairs.append((job.partial, job.target))  # last: until then its outputs are kept
 
     job.signals.check()  # the last moment: the renames are not interrupted
-    before = job.work / "before"
-    before.mkdir()
+    name = f".{job.target.stem}.before-"
+    before = Path(tempfile.mkdtemp(prefix=name, dir=job.target.parent))
     done = []
     for new, old in pairs:
         try:
@@ -1714,17 +1709,24 @@ def publish(job: Job) -> None:
             replace(new, old)
         except OSError as error:
             why = f"{old.name} cannot be replaced"
-            if not take_back(done, before):
-                job.work_is_kept = True
+            if take_back(done, before):
+                shutil.rmtree(before, ignore_errors=True)
+            else:
                 why += f", and what was there before is kept in {before}"
             raise storage_failure(why, error) from None
         done.append(old)
+    shutil.rmtree(before, ignore_errors=True)
     for file in done:
         job.console.note(f"{file.name}, {file.stat().st_size / 1e6:.2f} MB")
     for path in earlier_outputs(job.target):
         with contextlib.suppress(OSError):
             path.unlink()
             job.console.note(f"{path.name} of an earlier run is removed")
+
+
+def is_untouched(job: Job) -> bool:
+    """Whether the notebook still has the bytes that this run read."""
+    return job.source.is_file() and job.source.read_bytes() == job.data
 
 
 def copy_owner_and_mode(old: Path, new: Path) -> None:
@@ -1792,6 +1794,7 @@ def put_back(kept: Path, old: Path, error: OSError) -> None:
 
 def take_back(done, before: Path) -> bool:
     """Put the files that were there before in place again; whether that went well."""
+    all_back = True
     for file in done:
         kept = before / file.name
         try:
@@ -1800,8 +1803,8 @@ def take_back(done, before: Path) -> bool:
             else:
                 file.unlink()
         except OSError:
-            return False
-    return True
+            all_back = False
+    return all_back
 
 
 # ---------------------------------------------------------------------------------------
@@ -1836,23 +1839,24 @@ def keep_outputs(job: Job, failure: Failure) -> None:
             rename(job.partial, kept)
         except OSError:
             kept = job.partial
-    failure.sentence += f" Outputs so far: {kept.name}"
-    if job.target != job.source or job.source.read_bytes() == job.data:
-        failure.sentence += f"; {job.target.name} is unchanged"
+    failure.sentence += f" Outputs so far: {job.relative(kept)}"
+    same = job.target != job.source or is_untouched(job)
+    if same and job.target.is_file():
+        failure.sentence += f"; {job.relative(job.target)} is unchanged"
     failure.sentence += "."
 
 
 def run_steps(job: Job) -> None:
     """Steps 2 to 6. A Failure names the file with the outputs so far."""
-    owners = Owners(job)
-    with contextlib.ExitStack() as locks:
+    with contextlib.ExitStack() as at_the_end:
+        at_the_end.callback(Owners(job).restore)  # also where a claim fails
         room = 5e7 + 3 * len(job.data)
-        locks.enter_context(claim(job.target, job.target.parent, room))
+        at_the_end.enter_context(claim(job.target, job.target.parent, room))
         if job.staging is not None:
             room = 2e8
             if job.trains_anew():
                 room = 2e9
-            locks.enter_context(claim(job.checkpoints, job.checkpoints, room))
+            at_the_end.enter_context(claim(job.checkpoints, job.checkpoints, room))
         try:
             copy_checkpoints(job)
             job.console.write("2 dataset")
@@ -1860,6 +1864,8 @@ def run_steps(job: Job) -> None:
             job.console.write("3 weights")
             check_weights(job)
             job.console.write("4 execute")
+            if job.trains_anew():
+                job.signals.how_to_go_on = "run it again, but not fresh, to go on"
             job.signals.may_raise = False
             notebook = execute(job)
             job.signals.check()
@@ -1872,11 +1878,9 @@ def run_steps(job: Job) -> None:
             keep_outputs(job, failure)
             raise failure from None
         finally:
-            if not job.work_is_kept:
-                shutil.rmtree(job.work, ignore_errors=True)
+            shutil.rmtree(job.work, ignore_errors=True)
             if job.staging is not None:
                 shutil.rmtree(job.staging, ignore_errors=True)
-            owners.restore()
 
 
 def run(options, console: Console, signals: Signals) -> None:
@@ -1885,8 +1889,6 @@ def run(options, console: Console, signals: Signals) -> None:
     console.write("1 dependencies")
     ensure_packages(console, options.install)
     job = Job(options, console, signals)
-    if job.trains_anew():
-        signals.how_to_go_on = "run it again, but not fresh, to go on"
     run_steps(job)
     minutes = (time.monotonic() - started) / 60
     console.write(f"done in {minutes:.1f} min: {job.target}")

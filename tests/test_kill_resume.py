@@ -1,7 +1,8 @@
-"""The notebook's own training under the runner, its kernel killed in the middle: bit for bit the same weights."""
+"""The notebook's own training under the runner, with overrides: where a run writes and what it leaves;
+and with its kernel killed in the middle, bit for bit the same weights.
+"""
 
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -15,19 +16,13 @@ from conftest import NOTEBOOK, ROOT
 from runner_helpers import environment_without
 from synthetic_bccd import draw_dataset
 
-SETTINGS = {
-    "NUM_EPOCHS": "2",
-    "BATCH_SIZE": "2",
-    "PRECISION": '"float32"',
-    "FROZEN_BLOCKS": "5",
-    "SAVE_EVERY": "1",
-    "PASSES_PER_EPOCH": "1",
-}
+SETTINGS = ["NUM_EPOCHS=2", "BATCH_SIZE=2", "PRECISION=float32", "FROZEN_BLOCKS=5"]
+SETTINGS += ["SAVE_EVERY=1", "PASSES_PER_EPOCH=1"]
 
 
 def up_to_training(folder):
-    """A copy of the notebook that ends after the training, with a small configuration, and without
-    the cells that only draw or try something.
+    """A copy of the notebook that ends after the training, without the cells that only draw or
+    try something.
     """
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     kept = []
@@ -40,13 +35,28 @@ def up_to_training(folder):
             kept.append(cell)
     notebook.cells = kept
     notebook.metadata.pop("execute_ssd_notebook", None)  # what a run of the script stamps
-    for cell in notebook.cells:
-        if "parameters" in cell.metadata.get("tags", ()):
-            for name, value in SETTINGS.items():
-                line = re.compile(rf"^{name} = .*$", re.MULTILINE)
-                cell.source, changed = line.subn(f"{name} = {value}", cell.source)
-                assert changed == 1, name
     nbformat.write(notebook, folder / NOTEBOOK.name)
+
+
+def check_a_run_with_overrides(folder):
+    """Page, detectors and the log of two epochs lie below runs/custom."""
+    custom = folder / "runs" / "custom"
+    files = {path.name for path in (custom / "checkpoints").iterdir()}
+    assert {"best_model.pth", "last.pth", "ssd300_epoch_1.pth", "ssd300_epoch_2.pth"} <= files
+    assert not [name for name in files if name.endswith(".tmp")]
+    trained = torch.load(custom / "checkpoints" / "best_model.pth", weights_only=True)["trained"]
+    assert trained["epochs"] == 2 and trained["weights"] == "ImageNet features"
+    epochs = []
+    tags = []
+    for cell in nbformat.read(custom / NOTEBOOK.name, as_version=4).cells:
+        tags.extend(cell.metadata.get("tags", ()))
+        for output in cell.get("outputs", ()):
+            assert output.output_type != "error", cell.source
+            for line in output.get("text", "").splitlines():
+                if line.startswith("epoch ") and "/2 " in line:
+                    epochs.append(line)
+    assert len(epochs) == 2
+    assert "injected-parameters" in tags
 
 
 def kernel_of(folder):
@@ -75,20 +85,28 @@ def test_a_killed_kernel_ends_with_the_same_weights(tmp_path, vgg_weights):
         folder.mkdir()
         shutil.copy(ROOT / "execute_ssd_notebook.py", folder)
         up_to_training(folder)
+        before = (folder / NOTEBOOK.name).read_bytes()
         command = [sys.executable, "execute_ssd_notebook.py", "--dataset", str(tmp_path / "data")]
         environment = environment_without("BCCD_", "VGG16_", "SSD_")
         command += ["--weights", str(vgg_weights)]
+        for setting in SETTINGS:
+            command += ["-p", setting]
+        checkpoints = folder / "runs" / "custom" / "checkpoints"
         pipe = subprocess.PIPE
         runner = subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, text=True)
         if name == "killed":
-            first_epoch = folder / "checkpoints" / "ssd300_epoch_1.pth"
+            first_epoch = checkpoints / "ssd300_epoch_1.pth"
             while not first_epoch.exists() and runner.poll() is None:
                 time.sleep(0.05)
             os.kill(kernel_of(folder), signal.SIGKILL)
         said, _ = runner.communicate()
         assert runner.returncode == 0, said
         assert ("restart 1 of" in said) == (name == "killed")
-        ends[name] = torch.load(folder / "checkpoints" / "last.pth", weights_only=True)
+        if name == "undisturbed":
+            check_a_run_with_overrides(folder)
+        assert (folder / NOTEBOOK.name).read_bytes() == before
+        assert not (folder / "checkpoints").exists()
+        ends[name] = torch.load(checkpoints / "last.pth", weights_only=True)
     assert ends["killed"]["epoch"] == ends["undisturbed"]["epoch"] == 2
     for key in ("model", "averaged", "best", "optimizer"):
         killed = torch.utils._pytree.tree_leaves(ends["killed"][key])

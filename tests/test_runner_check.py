@@ -419,7 +419,7 @@ def test_overrides(pair, value):
 @pytest.mark.parametrize(
     "pair",
     ["EPOCHS=abc", "EPOCHS=1.5", "EPOCHS=True", "EPOCHS=", "RATE=x", "RATE=1e999", "RATE=nan",
-     "RATE=True", "ON=1", "ON=maybe", "NAMES=RBC", "SIZE=5", "epochs=3",
+     "RATE=True", "ON=1", "ON=maybe", "NAMES=RBC", "NAMES={['RBC']}", "SIZE=5", "epochs=3",
      "EPOCHS", "=3"],
 )  # fmt: skip
 def test_refused_overrides(pair):
@@ -430,7 +430,8 @@ def test_refused_overrides(pair):
 
 
 def test_parameters_are_read_without_running_them():
-    source = "A = 1\nB = 2.5\nC = print('no')\nD = [1, 2]\nE = -1\nif A:\n    F = 1\nx.y = 3"
+    source = "%matplotlib inline\n!pip list\n"
+    source += "A = 1\nB = 2.5\nC = print('no')\nD = [1, 2]\nE = -1\nif A:\n    F = 1\nx.y = 3"
     cell = v4.new_code_cell(source, metadata={"tags": ["parameters"]})
     found = runner.read_constants(v4.new_notebook(cells=[cell]))
     assert found == {"A": 1, "B": 2.5, "C": None, "D": [1, 2], "E": -1}

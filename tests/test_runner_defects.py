@@ -18,6 +18,8 @@ from conftest import NOTEBOOK
 from runner_helpers import DATA, FETCH, PARAMETERS, Place, finish, git_repository, outputs, tree
 from synthetic_bccd import draw_dataset
 
+import execute_ssd_notebook as runner
+
 pytestmark = [
     pytest.mark.timeout(120),
     pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX"),
@@ -140,26 +142,6 @@ def test_a_folder_of_data_that_is_named_is_there(place):
     assert not (place.folder / "~").exists()
 
 
-def test_a_training_that_was_to_be_fresh_is_not_gone_on_with_by_the_same_command(place):
-    place.write(PARAMETERS, RUNNING + "time.sleep(60)")
-    process = place.start("--fresh")
-    place.wait_for("running")
-    process.terminate()
-    done = finish(process)
-    assert done.returncode == 143
-    assert "run it again, but not fresh, to go on" in done.stderr
-
-
-def test_6_and_7_nothing_is_downloaded_for_a_detector_that_is_reused(place):
-    """Whether it trains, and from what, is the notebook's to say: the runner asks no server."""
-    place.env["VGG16_WEIGHTS_URL"] = "http://127.0.0.1:9/vgg16_features-88682ab5.pth"
-    place.env["TORCH_HOME"] = str(place.folder / "torch")
-    place.write(("parameters", "VGG16_WEIGHTS = ''\nTRAINING = 'auto'\nTRAINING"), "print('ran')")
-    done = place.run()
-    assert done.returncode == 0, done.stderr
-    assert "cannot be fetched" not in done.stdout
-
-
 def test_9_two_runs_that_fetch_at_once_share_the_dataset(place):
     address = git_repository(small_dataset(place.folder.parent / "mirror"))
     git = subprocess.run(["which", "git"], capture_output=True, text=True).stdout.strip()
@@ -187,13 +169,6 @@ def test_10_a_killed_run_leaves_no_key_of_its_kernel(place):
     assert place.run().returncode == 0
     assert os.listdir(place.env["TMPDIR"]) == []
     assert place.left_over() == []
-
-
-def test_11_the_notebook_installs_nothing_behind_the_runners_back(place):
-    """(That --install shows pip at work is in test_runner_faults.py, test_install.)"""
-    place.write("import os\nprint('no install:', os.environ.get('SSD_NO_INSTALL'))")
-    assert place.run().returncode == 0
-    assert outputs(place.notebook) == "no install: 1\n"
 
 
 STAGED = """import os
@@ -243,6 +218,27 @@ def test_12_a_file_that_cannot_be_replaced_takes_the_others_back(place):
     assert "new weights" not in outputs(place.folder / "study.failed.ipynb")
 
 
+def test_12_what_cannot_be_taken_back_outlives_the_next_run(place, capsys, monkeypatch):
+    place.write(PARAMETERS, STAGED)
+    place.put("checkpoints/best_model.pth", "weeks of work")
+    rename = runner.replace
+
+    def refuse_the_page(new, old):
+        if old == place.notebook:
+            raise PermissionError(13, "it is open elsewhere")
+        rename(new, old)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "replace", refuse_the_page)
+        patch.setattr(runner, "take_back", lambda done, before: False)
+        code, out, err = place.call(capsys)
+    assert code == 11
+    kept = Path(re.search(r"what was there before is kept in (\S+)", err)[1])
+    assert place.call(capsys)[0] == 0
+    assert (place.checkpoints / "best_model.pth").read_text() == "new weights"
+    assert (kept / "best_model.pth").read_text() == "weeks of work"
+
+
 def test_13_an_earlier_runs_outputs_are_not_shown_as_this_ones(place):
     """No copy of this run can be saved on a full disk; that of a killed run lies there, and stays."""
     place.limit = small_files
@@ -275,24 +271,34 @@ def test_13_a_signal_that_was_to_be_ignored_is(place):
     assert outputs(place.notebook) == "so far\nto the end\n"
 
 
-def test_13_an_exported_run_id_is_not_heard(place):
-    """With another run's number, --fresh would go on with that run."""
-    place.env["SSD_RUN_ID"] = "of another run"
-    place.write("import os\nprint(os.environ['SSD_RUN_ID'] != 'of another run')")
-    assert place.run("--fresh").returncode == 0
-    assert outputs(place.notebook) == "True\n"
+def flip(data, position, bits=255):
+    """The bytes with some bits of one of them changed."""
+    return data[:position] + bytes([data[position] ^ bits]) + data[position + 1 :]
 
 
-@pytest.mark.parametrize("cut", [True, False], ids=["cut", "changed"])
-def test_14_a_damaged_detector_is_said_before_the_training(place, cut):
+def test_14_damage_of_every_kind_is_found(tmp_path):
+    path = tmp_path / "best_model.pth"
+    torch.save({"weights": torch.arange(1000.0)}, path)
+    assert runner.find_damage(path) == ""
+    data = path.read_bytes()
+    entry = data.index(b"PK\x01\x02")  # of the first file, in the table at the end
+    kinds = {
+        "cut": data[: len(data) // 2],
+        "content": flip(data, len(data) // 2),
+        "encrypted": flip(data, entry + 8, 1),
+        "compression": flip(data, entry + 10, 8),
+        "both sizes": flip(flip(data, entry + 22), entry + 26),
+    }
+    for kind, content in kinds.items():
+        path.write_bytes(content)
+        assert runner.find_damage(path) != "", kind
+
+
+def test_14_a_damaged_detector_is_said_before_the_training(place):
     path = place.checkpoints / "best_model.pth"
     torch.save({"weights": torch.arange(1000.0)}, path)
+    path.write_bytes(path.read_bytes()[:2000])
     place.write(PARAMETERS)
-    assert "warning" not in place.run().stdout.partition("5 validate")[0]
-    data = path.read_bytes()
-    middle = len(data) // 2
-    changed = data[:middle] + bytes([data[middle] ^ 255]) + data[middle + 1 :]
-    path.write_bytes(data[:middle] if cut else changed)
     done = place.run()
     assert done.returncode == 0, done.stderr
     early = done.stdout.partition("4 execute")[0]

@@ -301,13 +301,6 @@ FAULTS = [
         kept="so far",
     ),
     Fault(
-        "kernel-crashes",
-        7,
-        r"died in cell 1 of 1, signal 11",
-        ("--retries", "0"),
-        ("import ctypes; ctypes.string_at(0)",),
-    ),
-    Fault(
         "kernel-does-not-start",
         7,
         r"could not be started: exit code 1 \(ImportError: no zmq here\)",
@@ -345,14 +338,6 @@ FAULTS = [
     # validation
     Fault(
         "silent-cells", 9, r"coverage 50\.0% \(code cell 2\)", (), ("print(1)", "x = 1"), kept="1"
-    ),
-    Fault("too-large", 9, r"file saved, under 5 MB: 6\.\d+ MB", (), ("print('x' * 6_000_000)",)),
-    Fault(
-        "script-on-the-page",
-        9,
-        r"a script in code cell 1",
-        (),
-        ("from IPython.display import HTML; HTML('<script>1</script>')",),
     ),
     # notebook
     Fault("notebook-missing", 10, r"There is no", prepare=remove_notebook),
@@ -444,7 +429,15 @@ FAULTS = [
         during=send("SIGINT"),
         kept="line 2",
     ),
-    Fault("terminated", 143, r"by SIGTERM", (), (LONG,), during=send("SIGTERM"), kept="line 2"),
+    Fault(
+        "terminated",
+        143,
+        r"by SIGTERM; run it again, but not fresh, to go on",
+        ("--fresh",),
+        (PARAMETERS, LONG),
+        during=send("SIGTERM"),
+        kept="line 2",
+    ),
     Fault("terminal-closed", 129, r"by SIGHUP", (), (LONG,), during=send("SIGHUP"), kept="line 2"),
     Fault("ctrl-c-twice", 130, r"by SIGINT", (), (DEAF,), during=send("SIGINT", 2), kept="asleep"),
     Fault(
@@ -627,6 +620,15 @@ def test_notebook_edited_during_the_run_is_left_alone(place, capsys):
     assert "was edited during the run and is left alone" in err
     assert place.notebook.read_bytes() == before + b"\n"
     assert outputs(place.folder / "study.failed.ipynb") == "1\n"
+
+
+def test_notebook_moved_during_the_run_costs_no_outputs(place, capsys):
+    place.write("print(1)", "import os\nprint(os.rename('study.ipynb', 'moved.ipynb'))")
+    code, out, err = place.call(capsys)
+    assert code == 9
+    assert "was edited during the run and is left alone" in err
+    assert "Outputs so far: study.failed.ipynb." in err
+    assert outputs(place.folder / "study.failed.ipynb") == "1\nNone\n"
 
 
 def test_a_reader_that_goes_away_does_not_end_the_run(place):
