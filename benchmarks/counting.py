@@ -238,7 +238,7 @@ def main():
         quality(nb, second_opinion(nb, part, truth), part, classes),
     )
     rows, usual_rows = matched(nb, all_cells, truth, classes), matched(nb, few, truth, classes)
-    counts = nb.counts_on_others(rows, classes)
+    counts = nb.cross_validated_counts(rows, classes)
     print("\n| class | cells an image | way | off by | mean | F1 | intervals hold |")
     print("|---|---|---|---|---|---|---|")
     for label, name in enumerate(names, 1):

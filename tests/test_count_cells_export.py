@@ -2,6 +2,7 @@
 and both find and count the same cells.
 """
 
+import json
 import os
 
 import numpy as np
@@ -170,3 +171,23 @@ def test_a_class_without_an_object_in_validation_has_no_interval(nb):
     for label in (2, 3):
         counted = nb.count_interval(np.array([0.9, 0.8, 0.1]), label, fitted)
         assert counted == (2, None, None)
+
+
+def test_the_committed_file_is_of_the_committed_detector(nb, val_set):
+    """A lab takes count_cells.py and this file alone: it counts as metrics.json says it was fitted."""
+    counter = count_cells.CellCounter(ROOT / "checkpoints" / "ssd300_int8.onnx")
+    metrics = json.loads((ROOT / "checkpoints" / "metrics.json").read_text("utf-8"))
+    settings = counter.settings
+    assert settings["precision"] == "int8"
+    assert settings["weights"] == metrics["detector"]["weights"]
+    fitted = metrics["how_to_count"]
+    in_file = settings["counting"]
+    # another processor's rounding may move what was fitted by a detection or two
+    shares = np.array(fitted["calibration"]["share right"])
+    assert np.allclose(in_file["share_right"], shares, atol=0.05)
+    assert np.allclose(in_file["cells_per_detection"], fitted["per detection"], atol=0.02)
+    labels_by_id = nb.read_complete_labels(ROOT / nb.COMPLETE_LABELS)
+    known = [i for i, image_id in enumerate(val_set.ids) if image_id in labels_by_id][:6]
+    counted = sum(counter.count(val_set.image(i)).counts["RBC"].number for i in known)
+    there = sum(int((labels_by_id[val_set.ids[i]][1] == 1).sum()) for i in known)
+    assert abs(counted - there) <= 0.1 * there

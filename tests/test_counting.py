@@ -6,7 +6,8 @@ import pytest
 
 def test_the_number_and_the_interval_of_a_count(nb):
     """Ten detections with a chance of 0.5 and a sure one: 6 expected, 1.96 spreads each side."""
-    counting = {"calibration": {"edges": [0.01, 0.5, 0.9], "share right": [[0.0, 0.5, 1.0]]}}
+    shares_right = [0.0] * 7 + [0.5] * 4 + [1.0]  # bands from 0.01, from 0.5 and from 0.9 on
+    counting = {"calibration": {"edges": nb.BANDS, "share right": [shares_right]}}
     counting.update({"per detection": [1.0], "spread": [1.5]})
     scores = np.array([0.95] + [0.6] * 10 + [0.02])
     expected, spread = nb.expected_count(scores, 1, counting)
@@ -20,7 +21,7 @@ def test_the_number_and_the_interval_of_a_count(nb):
 
 def test_a_count_never_lies_below_its_interval(nb):
     """Half of the cells have no detection, so fewer boxes than cells can be given."""
-    counting = {"calibration": {"edges": [0.01], "share right": [[1.0]]}}
+    counting = {"calibration": {"edges": nb.BANDS, "share right": [[1.0] * 12]}}
     counting.update({"per detection": [2.0], "spread": [0.1]})
     assert nb.count_interval(np.full(10, 0.9), 1, counting) == (10, 10, 20)
 
@@ -50,7 +51,7 @@ def test_intervals_hold_what_they_promise_on_images_that_did_not_fit_them(nb):
     for seed in range(8):
         rows = drawn_matches(nb, seed, 60)
         truth = np.array([row[0].objects for row in rows])
-        number, low, high = nb.counts_on_others(rows, 1)[:, 0].T.astype(int)
+        number, low, high = nb.cross_validated_counts(rows, 1)[:, 0].T.astype(int)
         shares.append(np.mean((low <= truth) & (truth <= high)))
         assert (low <= number).all() and (number <= high).all()
         assert abs(np.mean(number - truth)) < 0.5
@@ -68,7 +69,7 @@ def test_intervals_hold_what_they_promise_on_images_that_did_not_fit_them(nb):
 
 def test_one_image_is_enough_to_count(nb):
     rows = drawn_matches(nb, 1, 1)
-    assert nb.counts_on_others(rows, 1).shape == (1, 1, 3)
+    assert nb.cross_validated_counts(rows, 1).shape == (1, 1, 3)
     nothing = [[nb.Matched(np.empty(0), np.empty((1, 0), bool), 0)]]
     assert nb.count_interval(np.empty(0), 1, nb.fit_counting(nothing, 1))[0] == 0
 
@@ -76,7 +77,7 @@ def test_one_image_is_enough_to_count(nb):
 def test_cells_that_count_are_the_best_of_each_class(nb):
     import torch
 
-    counting = {"calibration": {"edges": [0.01], "share right": [[0.5], [1.0]]}}
+    counting = {"calibration": {"edges": nb.BANDS, "share right": [[0.5] * 12, [1.0] * 12]}}
     counting.update({"per detection": [1.0, 1.0], "spread": [1.0, 1.0]})
     labels = torch.tensor([1, 2, 1, 1, 1])
     scores = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5])

@@ -256,7 +256,7 @@ def test_a_class_without_an_object_in_validation_counts_by_the_plain_threshold(n
     assert nb.count_interval(never_found.scores, 3, counting) == (0, None, None)
     number, low, high = nb.count_interval(red.scores, 1, counting)
     assert low <= number <= high
-    others = nb.counts_on_others(matches, 3)
+    others = nb.cross_validated_counts(matches, 3)
     assert others[:, 1].tolist() == [[2, None, None]] * 2
     found = {"labels": torch.tensor([1, 2, 2]), "scores": torch.tensor([0.9, 0.8, 0.4])}
     cells, counts = nb.cells_that_count(found, counting, 3)

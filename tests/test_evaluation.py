@@ -87,7 +87,7 @@ def test_no_detections_and_no_objects(nb):
     matches = matches_of(
         nb, [{"boxes": none["boxes"], "labels": none["labels"]}, truth], [one, one], 1
     )
-    precision, recall, _ = nb.precision_recall(matches, 1)
+    precision, recall, _ = nb.precision_recall_curve(matches, 1)
     assert precision.tolist() == [0, 0.5] and recall.tolist() == [0, 1]
 
 
@@ -114,7 +114,7 @@ def test_precision_and_recall_by_hand(nb):
         "scores": torch.tensor([0.9, 0.8, 0.7, 0.6]),
     }
     matches = matches_of(nb, [truth], [found], 1)
-    precision, recall, scores = nb.precision_recall(matches, 1)
+    precision, recall, scores = nb.precision_recall_curve(matches, 1)
     assert precision.tolist() == pytest.approx([1, 1 / 2, 2 / 3, 2 / 4])
     assert recall.tolist() == pytest.approx([0.5, 0.5, 1, 1]) and scores.tolist() == pytest.approx(
         [0.9, 0.8, 0.7, 0.6]
