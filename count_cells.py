@@ -198,8 +198,7 @@ def looks_like_a_picture(path):
     if ending in PICTURE_ENDINGS:
         return True
     try:
-        with open(path, "rb") as file:
-            start = file.read(16)
+        start = file_start(path)
     except OSError:
         return False
     is_webp = start[:4] == b"RIFF" and start[8:12] == b"WEBP"
@@ -1057,12 +1056,11 @@ def most_tiles(width, height):
     return min(6000, 60 + width * height // 6000)
 
 
-def cut_middle(image, side):
-    """The middle of a picture, at most `side` pixels wide and high."""
-    height, width = image.shape[:2]
-    y = max(0, height - side) // 2
-    x = max(0, width - side) // 2
-    return image[y : y + side, x : x + side]
+def cut_middle(image, width, height):
+    """The middle of a picture, at most so many pixels wide and high."""
+    y = max(0, image.shape[0] - height) // 2
+    x = max(0, image.shape[1] - width) // 2
+    return image[y : y + height, x : x + width]
 
 
 def try_field(detector, image, field):
@@ -1071,7 +1069,7 @@ def try_field(detector, image, field):
     (None, 0) with fewer than three.
     """
     settings = detector.settings
-    middle = cut_middle(image, max(field))
+    middle = cut_middle(image, max(field), max(field))
     overlap = settings["count_overlap"]
     cells = find_in_picture(detector.find, middle, field, overlap)
     sizes = relative_sizes(cells, field, settings)
@@ -1230,10 +1228,7 @@ def unlike_remarks(image, field, settings):
     height, width = image.shape[:2]
     if turned_against(width, height, field):
         image = np.rot90(image)
-        height, width = width, height
-    y = max(0, height - field[1]) // 2
-    x = max(0, width - field[0]) // 2
-    middle = image[y : y + field[1], x : x + field[0]]
+    middle = cut_middle(image, *field)
     values = picture_statistics(middle, settings["image_size"])
     remarks = []
     darkest, brightest = measured["brightness"]
@@ -1259,7 +1254,8 @@ def is_noise(image, settings):
     if not settings["pictures"]:
         return False
     limit = 6 * settings["pictures"]["sharpness"][1]
-    for part in (cut_middle(image, 2 * settings["image_size"]), image):
+    side = 2 * settings["image_size"]
+    for part in (cut_middle(image, side, side), image):
         if picture_statistics(part, settings["image_size"])["sharpness"] <= limit:
             return False
     return True
