@@ -15,9 +15,10 @@
     python count_cells.py my_smears               # results in my_smears_cells
     python count_cells.py a.jpg more --nested --voc --output results
 
-Results: counts.csv (cells of each class on each picture, with 95% intervals and a
-remark), detections.csv (every counted cell), annotated/ (the pictures with their
-boxes) and report.html. A run that was stopped goes on where it was when the same
+Results: counts.csv (cells of each class on each picture, with the ends of their 95%
+intervals and a remark; the last line is the sum), detections.csv (every counted cell,
+and whether it touches the border), annotated/ (the pictures with their boxes) and
+report.html. A run that was stopped goes on where it was when the same
 command is given again.
 
 As a library:
@@ -82,8 +83,8 @@ except ImportError as fault:
     packages = "onnxruntime opencv-python-headless numpy pillow tifffile tqdm"
     sys.exit(f"{fault}. This program needs: pip install {packages}")
 
-VERSION = "1.0"
-FORMAT_VERSION = 1  # of the metadata in the model's file
+VERSION = "1.1"
+FORMAT_VERSION = 2  # of the metadata in the model's file
 METADATA_KEY = "count_cells"
 PROGRAM_FOLDER = Path(__file__).resolve().parent
 MODEL_NAMES = ("ssd300_int8.onnx", "ssd300.onnx")  # looked for in this order
@@ -97,6 +98,7 @@ SCALE_PICTURES = 3  # so many pictures of a size decide the scale of the others
 CUT_MARGIN = 0.04  # a box that ends so near to a tile's inner border may be a part
 BORDER_MARGIN = 0.005  # of a field: a box so near to the picture's border touches it
 HARDLY_A_CELL = 0.1  # score below which a detection yields to all others
+LEAST_VARIANCE = 0.01  # of a count: where all is sure, its deviation is 0.1 and not 0
 
 EXIT_COUNTED = 0
 EXIT_SOME_FAILED = 3
@@ -1180,7 +1182,7 @@ def count_class(scores, label, settings):
     shares = np.array(counting["share_right"][label - 1])
     chances = shares[bands[bands >= 0]]
     expected = float(chances.sum() * counting["cells_per_detection"][label - 1])
-    independent = math.sqrt(0.25 + float((chances * (1 - chances)).sum()))
+    independent = math.sqrt(LEAST_VARIANCE + float((chances * (1 - chances)).sum()))
     reach = 1.96 * counting["spread"][label - 1] * independent
     number = min(round(expected), len(scores))
     least = max(0, min(round(expected - reach), number))
@@ -2357,8 +2359,10 @@ class Line:
 class Totals:
     """Sums over all counted pictures, by class."""
 
-    def __init__(self, class_names):
+    def __init__(self, settings):
+        class_names = settings["class_names"]
         self.class_names = class_names
+        self.fitted_to = (settings["counting"] or {}).get("images")  # pictures, or None
         self.pictures = 0
         self.cells = [0] * len(class_names)
         self.below = [0.0] * len(class_names)  # squared distances to the ends
@@ -2377,12 +2381,18 @@ class Totals:
                 self.above[place] += (most - number) ** 2
 
     def interval(self, place):
-        """(least, most) of a class's sum, (None, None) without measurement."""
+        """(least, most) of a class's sum, (None, None) without measurement.
+
+        Errors of single pictures partly cancel, so their squares add up. An error of the
+        calibration does not: it was fitted to n pictures, so it is 1 / n of the square of
+        one picture's error, and all pictures of this run share it.
+        """
         if not self.measured[place] or self.pictures == 0:
             return None, None
         number = self.cells[place]
-        least = max(0, round(number - math.sqrt(self.below[place])))
-        most = round(number + math.sqrt(self.above[place]))
+        shared = 1 + (self.pictures - 1) / self.fitted_to
+        least = max(0, round(number - math.sqrt(self.below[place] * shared)))
+        most = round(number + math.sqrt(self.above[place] * shared))
         return least, most
 
     def row(self):
@@ -2439,7 +2449,7 @@ def write_tables(output, records, not_counted, settings):
     led by an apostrophe in both tables. Returns (lines of the report [Line], Totals).
     """
     class_names = settings["class_names"]
-    totals = Totals(class_names)
+    totals = Totals(settings)
     lines = []
     with (
         whole_table(output / "counts.csv") as counts_file,
@@ -2801,15 +2811,16 @@ def footer(settings):
     measured = ""
     if counting:
         measured = (
-            f" Intervals come from {counting['images']} validation images with "
-            f"{counting['labels']} labels: on pictures like those, 95 of 100 hold the true "
+            f" Intervals come from {counting['images']} images whose cells people had "
+            "labelled: on pictures like those, about 95 of 100 intervals contain the true "
             "number. They say nothing about pictures of another kind; a remark tells where "
             "a picture is unlike them."
         )
     note = f" {settings['data_note']}" if settings["data_note"] else ""
     text = (
         f"Counted by count_cells {VERSION} with the model {settings['weights']} "
-        f"({settings['precision']}).{measured} Not for diagnosis.{note}"
+        f"({settings['precision']}). Cells that the border of a picture cuts are counted too."
+        f"{measured} Not for diagnosis.{note}"
     )
     return html.escape(text)
 
@@ -2844,12 +2855,31 @@ def parse_arguments(arguments):
     """The command line's options."""
     parser = argparse.ArgumentParser(
         description="Count the cells on pictures of blood smears.",
-        epilog="Exit codes: 0 all counted, 3 some pictures could not be counted, 4 none "
-        "was, 2 wrong command, 5 model, 6 results cannot be written, 130 and 143 stopped.",
+        epilog="Exit codes: 0 all counted, 1 a fault of this program, 2 wrong command, 3 some "
+        "pictures could not be counted, 4 none was, 5 the model cannot be used, 6 results "
+        "cannot be written, 130 and 143 stopped.",
     )
-    parser.add_argument("inputs", nargs="+", type=named_path, metavar="PICTURES")
-    parser.add_argument("-o", "--output", type=named_path, help="default: PICTURES_cells")
-    parser.add_argument("-m", "--model", type=named_path, help="an exported ONNX file")
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        type=named_path,
+        metavar="PICTURES",
+        help="pictures, or folders of pictures",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=named_path,
+        help="folder of the results; default: beside the (first) folder of pictures, with "
+        "_cells added to its name",
+    )
+    parser.add_argument(
+        "-m",
+        "--model",
+        type=named_path,
+        help="an exported ONNX file; default: ssd300_int8.onnx or ssd300.onnx beside this "
+        "program or in checkpoints/, of both the faster one",
+    )
     parser.add_argument("--nested", action="store_true", help="also folders in folders")
     parser.add_argument("--voc", action="store_true", help="also Pascal VOC files")
     parser.add_argument("--fresh", action="store_true", help="count everything anew")

@@ -26,7 +26,7 @@ COUNTING = {  # sure detections are right
 def settings(**changes):
     """The metadata of a model, with some of them changed."""
     values = {
-        "format_version": 1,
+        "format_version": 2,
         "weights": "0123456789abcdef",
         "precision": "float32",
         "class_names": NAMES,

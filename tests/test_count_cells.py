@@ -286,7 +286,7 @@ def test_the_number_and_the_interval_of_a_count():
         "spread": [1.5],
     }
     scores = np.array([0.95] + [0.6] * 10 + [0.02])
-    reach = 1.96 * 1.5 * (0.25 + 2.5) ** 0.5
+    reach = 1.96 * 1.5 * (0.01 + 2.5) ** 0.5
     count = count_cells.count_class(scores, 1, settings(counting=counting))
     assert count == count_cells.Count(6, round(6 - reach), round(6 + reach))
     counting["cells_per_detection"] = [1.5]  # of three cells two are found

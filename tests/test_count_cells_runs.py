@@ -372,8 +372,8 @@ def test_a_file_that_is_named_counts_whatever_folder_is_named_too(model, here, c
     "metadata, words",
     [
         ({}, "damaged"),
-        ({"format_version": 2}, "format 2, this program reads format 1"),
-        ({"format_version": 1, "weights": "1"}, "lack precision, class_names"),
+        ({"format_version": 1}, "format 1, this program reads format 2"),
+        ({"format_version": 2, "weights": "1"}, "lack precision, class_names"),
         ([1], "damaged"),
     ],
 )

@@ -29,7 +29,7 @@ def up_to_training(folder):
     for cell in notebook.cells:
         if cell.source.startswith("## 11. "):
             break
-        starts = ("student = ", "criterion = ", "by_map = ")
+        starts = ("student = ", "criterion = ", "by_map = ", "run = Run(")
         only_shows = "show_figure(" in cell.source or cell.source.startswith(starts)
         if cell.metadata.get("tags") or not only_shows:
             kept.append(cell)
