@@ -285,12 +285,18 @@ def read_options(arguments):
         help="another value of a constant; the result goes under runs/",
     )
     add("--dataset", metavar="DIR", help="an existing copy (also BCCD_DATASET)")
-    add("--dataset-url", metavar="URL", help='another git mirror, or "": the shipped copy')
+    add(
+        "--dataset-url",
+        metavar="URL",
+        help='another git mirror (also BCCD_URL), or "": the shipped copy',
+    )
     add("--weights", metavar="FILE", help="VGG-16's features (also VGG16_WEIGHTS)")
     add("--output", metavar="NB", help="write the executed notebook there, not in place")
     add("--fresh", action="store_true", help="train from the start")
     add("--install", action="store_true", help="install missing packages")
-    add("--retries", type=int, default=3, metavar="N", help="restarts of a dead kernel: 3")
+    add(
+        "--retries", type=int, default=3, metavar="N", help="restarts of a dead kernel (default: 3)"
+    )
     add("--timeout", type=float, metavar="S", help="seconds that a cell may take")
     return parser.parse_args(arguments)
 
