@@ -81,6 +81,8 @@ def small_notebook(folder, to_the_end, **constants):
     if not to_the_end:
         headings = [cell.source.startswith("## 11. ") for cell in notebook.cells]
         del notebook.cells[headings.index(True) :]
+    # a step like the one before it costs seconds and shows nothing here
+    notebook.cells = [cell for cell in notebook.cells if not cell.source.startswith("run = Run(")]
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = []
