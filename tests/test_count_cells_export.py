@@ -137,6 +137,14 @@ def test_the_metadata_are_what_the_tool_asks_for(nb, exported, metadata):
     assert all(name == name.lower() for name in stored)
 
 
+def test_no_file_tells_of_the_machine_that_exported_it(exported, quantised):
+    """torch writes its stack traces, with paths, into each node; so had the committed file."""
+    for path in (exported, quantised, ROOT / "checkpoints" / "ssd300_int8.onnx"):
+        content = path.read_bytes()
+        for word in (b"site-packages", b"ipykernel", b'File "', str(ROOT).encode()):
+            assert word not in content, f"{path.name}: {word}"
+
+
 def test_a_file_of_these_weights_is_known_again(nb, exported, metadata, tmp_path):
     assert nb.is_export_of(exported, metadata)
     assert nb.is_export_of(exported, {**metadata, "counting": None})  # measured anew: no new file
