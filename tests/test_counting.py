@@ -86,20 +86,16 @@ def test_the_interval_of_a_sum_holds_although_its_pictures_share_a_calibration(n
         counting = nb.fit_counting(drawn_matches(nb, seed, 57), 1)
         totals = count_cells.Totals({"class_names": ["cells"], "counting": {"images": 57}})
         truth = 0
-        below = 0
-        above = 0
         for of_image in drawn_matches(nb, seed + 1000, 300):
             number, low, high = nb.count_interval(of_image[0].scores, 1, counting)
             totals.add([[number, low, high]])
             truth += of_image[0].objects
-            below += (number - low) ** 2
-            above += (high - number) ** 2
             if totals.pictures == 1:
                 assert totals.interval(0) == (low, high)  # of one picture: its own interval
         least, most = totals.interval(0)
         held += least <= truth <= most
         error = truth - totals.cells[0]
-        held_if_independent += -(below**0.5) <= error <= above**0.5
+        held_if_independent += -(totals.below[0] ** 0.5) <= error <= totals.above[0] ** 0.5
     assert held >= 36
     assert held_if_independent <= 32  # the reason for the factor
 
